@@ -1,0 +1,4138 @@
+/* bnb.c: tensors, graphs, plans, the CPU backend and the .bnb reader of bnb. See bnb.h for how to use it.
+ *
+ * Build:  cc -O2 -c bnb.c          (C11; no flags: SIMD kernels are compiled for their own targets and picked at run time)
+ * Not:    no exit, abort, print or process-wide mutable state; no dependency but libc, libm and POSIX threads. The one
+ *         thing asked of the process is Linux's permission to use the AMX registers, where the CPU has them.
+ *
+ * Contents (search for the tag):
+ *     [CONF]    platform and feature macros            [OP]     one card per op: inputs, shape rule, constructor
+ *     [ENV]     allocator, log, errors, threads        [GRAPH]  topological order
+ *     [UTIL]    checked arithmetic, XXH64              [CPU]    kernels: the plain reference, then the fast ones
+ *     [NUM]     f16 and bf16                           [PLAN]   liveness, offsets, running
+ *     [TYPE]    the table of types, planes             [DEV]    backends
+ *     [TENSOR]  contexts and tensors                   [FILE]   the .bnb reader
+ *     [QUANT]   bitsandbytes' arithmetic, bit for bit
+ */
+
+/* ==== [CONF] ==================================================================================================== */
+
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* sched_getaffinity, syscall, MAP_ANONYMOUS */
+#endif
+
+#include "bnb.h"
+
+#include <errno.h>
+#include <fenv.h>      /* defines: fesetenv */
+#include <float.h>     /* defines: FLT_MAX, FLT_MIN */
+#include <fcntl.h>     /* defines: open */
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>     /* defines: sched_yield, sched_getaffinity */
+#include <stdarg.h>
+#include <stdatomic.h>
+#include <stdio.h>     /* defines: vsnprintf; nothing is printed */
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#endif
+
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "bnb needs a little-endian machine: its files are mapped as they are"
+#endif
+
+#define BNB__MIN(a, b) ((a) < (b) ? (a) : (b))
+#define BNB__MAX(a, b) ((a) > (b) ? (a) : (b))
+#define BNB__COUNT(array) ((int32_t)(sizeof(array) / sizeof((array)[0])))
+enum { BNB__ALIGN = 64, BNB__MAX_THREADS = 256 };
+
+/* ==== [ENV] =====================================================================================================
+ * An env owns a list of everything made from it, newest first, so that freeing the env frees dependents before what
+ * they depend on. The pool's threads sleep when there is nothing to do; a team call hands all of them one function. */
+
+typedef struct bnb__owned {
+    struct bnb__owned *next, *prev;
+    void (*destroy)(struct bnb__owned *self); /* unlinked already */
+    bnb_env *env;
+} bnb__owned;
+
+typedef void (*bnb__team_fn)(void *arg, int32_t ith, int32_t nth);
+
+typedef struct bnb__worker_arg {
+    struct bnb__pool *pool;
+    int32_t ith;
+} bnb__worker_arg;
+
+typedef struct bnb__pool {
+    pthread_t threads[BNB__MAX_THREADS];
+    bnb__worker_arg args[BNB__MAX_THREADS];
+    int32_t n;                    /* threads of a team: the caller and n - 1 workers         */
+    pthread_mutex_t team_lock;    /* one team at a time                                      */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    _Atomic uint32_t generation;  /* counts teams; workers wait for it to change             */
+    _Atomic int32_t sleepers;     /* workers in pthread_cond_wait                            */
+    _Atomic int32_t stop;
+    bnb__team_fn fn;
+    void *arg;
+    _Atomic int32_t arrived;      /* barrier: how many came                                  */
+    _Atomic uint32_t turn;        /* barrier: changes when all came                          */
+} bnb__pool;
+
+struct bnb_env {
+    bnb_env_params params;
+    uint32_t cpu;
+    _Atomic uint64_t bytes, bytes_peak;
+    pthread_mutex_t lock; /* of `owned` */
+    bnb__owned owned;     /* head of a ring */
+    bnb__pool pool;
+};
+
+bnb_status bnb_fail(bnb_error *err, bnb_status code, const char *format, ...) {
+    if (err) {
+        va_list args;
+        va_start(args, format);
+        err->code = code;
+        vsnprintf(err->msg, sizeof err->msg, format, args);
+        va_end(args);
+    }
+    return code;
+}
+
+void bnb_log(bnb_env *env, int32_t level, const char *format, ...) {
+    if (!env->params.log) return;
+    char line[512];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(line, sizeof line, format, args);
+    va_end(args);
+    env->params.log(env->params.user, level, line);
+}
+
+int32_t bnb_progress(bnb_env *env, const char *phase, double fraction) {
+    return env->params.progress ? env->params.progress(env->params.user, phase, fraction) : 1;
+}
+
+static void *bnb__default_alloc(void *user, void *old, size_t old_size, size_t new_size, size_t align) {
+    (void)user;
+    void *p = NULL;
+    if (new_size && posix_memalign(&p, BNB__MAX(align, sizeof(void *)), new_size)) return NULL;
+    if (old) {
+        if (p) memcpy(p, old, BNB__MIN(old_size, new_size));
+        free(old);
+    }
+    return p;
+}
+
+/* Not zeroed: for memory that is written before it is read. */
+static void *bnb__alloc_raw(bnb_env *env, size_t bytes, bnb_error *err) {
+    bytes = BNB__MAX(bytes, 1);
+    void *p = bytes > SIZE_MAX / 2 ? NULL : env->params.alloc(env->params.user, NULL, 0, bytes, BNB__ALIGN);
+    if (!p) {
+        bnb_fail(err, BNB_E_NOMEM, "out of memory: %zu bytes (%.3f GiB) could not be allocated", bytes,
+                 (double)bytes / (1 << 30));
+        return NULL;
+    }
+    uint64_t now = atomic_fetch_add(&env->bytes, bytes) + bytes, peak = atomic_load(&env->bytes_peak);
+    while (now > peak && !atomic_compare_exchange_weak(&env->bytes_peak, &peak, now)) {}
+    return p;
+}
+
+void *bnb_alloc(bnb_env *env, size_t bytes, bnb_error *err) {
+    void *p = bnb__alloc_raw(env, bytes, err);
+    if (p) memset(p, 0, bytes);
+    return p;
+}
+
+void bnb_free(bnb_env *env, void *ptr, size_t bytes) {
+    if (!ptr) return;
+    bytes = BNB__MAX(bytes, 1);
+    env->params.alloc(env->params.user, ptr, bytes, 0, BNB__ALIGN);
+    atomic_fetch_sub(&env->bytes, bytes);
+}
+
+/* An object of the env: `bytes` zeroed bytes that begin with a bnb__owned. */
+static void *bnb__own(bnb_env *env, size_t bytes, void (*destroy)(bnb__owned *), bnb_error *err) {
+    bnb__owned *o = bnb_alloc(env, bytes, err);
+    if (!o) return NULL;
+    o->env = env;
+    o->destroy = destroy;
+    pthread_mutex_lock(&env->lock);
+    o->next = env->owned.next;
+    o->prev = &env->owned;
+    o->next->prev = o->prev->next = o;
+    pthread_mutex_unlock(&env->lock);
+    return o;
+}
+
+static void bnb__disown(bnb__owned *o) {
+    if (!o) return;
+    pthread_mutex_lock(&o->env->lock);
+    o->next->prev = o->prev;
+    o->prev->next = o->next;
+    pthread_mutex_unlock(&o->env->lock);
+    o->destroy(o);
+}
+
+/* ---- threads ---- */
+
+static void bnb__pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Spinning costs nothing when the others arrive within microseconds, as they do between the nodes of a graph; after
+ * that the core is offered to others, because there may be fewer cores than threads. */
+enum { BNB__SPINS = 4000 };
+
+static void bnb__barrier(bnb__pool *p) {
+    if (p->n == 1) return;
+    uint32_t turn = atomic_load_explicit(&p->turn, memory_order_relaxed);
+    if (atomic_fetch_add_explicit(&p->arrived, 1, memory_order_acq_rel) == p->n - 1) {
+        atomic_store_explicit(&p->arrived, 0, memory_order_relaxed);
+        atomic_store_explicit(&p->turn, turn + 1, memory_order_release);
+        return;
+    }
+    for (int32_t i = 0; atomic_load_explicit(&p->turn, memory_order_acquire) == turn; i++)
+        if (i < BNB__SPINS) bnb__pause();
+        else sched_yield();
+}
+
+static void *bnb__worker(void *arg) {
+    bnb__pool *p = ((bnb__worker_arg *)arg)->pool;
+    int32_t ith = ((bnb__worker_arg *)arg)->ith;
+    for (uint32_t seen = 0;;) {
+        int32_t spins = 0;
+        while (atomic_load_explicit(&p->generation, memory_order_acquire) == seen && spins++ < 8 * BNB__SPINS) bnb__pause();
+        if (atomic_load(&p->generation) == seen) {
+            pthread_mutex_lock(&p->lock);
+            atomic_fetch_add(&p->sleepers, 1);
+            while (atomic_load(&p->generation) == seen) pthread_cond_wait(&p->wake, &p->lock);
+            atomic_fetch_sub(&p->sleepers, 1);
+            pthread_mutex_unlock(&p->lock);
+        }
+        seen = atomic_load_explicit(&p->generation, memory_order_acquire);
+        if (atomic_load(&p->stop)) return NULL;
+        p->fn(p->arg, ith, p->n);
+        bnb__barrier(p);
+    }
+}
+
+static void bnb__pool_wake(bnb__pool *p) {
+    atomic_fetch_add(&p->generation, 1);
+    if (atomic_load(&p->sleepers) == 0) return;
+    pthread_mutex_lock(&p->lock);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+/* fn(arg, ith, nth) on every thread of the pool at once; returns when all returned. */
+static void bnb__team(bnb_env *env, bnb__team_fn fn, void *arg) {
+    bnb__pool *p = &env->pool;
+    pthread_mutex_lock(&p->team_lock);
+    if (p->n == 1) {
+        fn(arg, 0, 1);
+    } else {
+        p->fn = fn;
+        p->arg = arg;
+        bnb__pool_wake(p);
+        fn(arg, 0, p->n);
+        bnb__barrier(p);
+    }
+    pthread_mutex_unlock(&p->team_lock);
+}
+
+static void bnb__pool_stop(bnb__pool *p) {
+    atomic_store(&p->stop, 1);
+    bnb__pool_wake(p);
+    for (int32_t i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
+    pthread_mutex_destroy(&p->team_lock);
+    pthread_mutex_destroy(&p->lock);
+    pthread_cond_destroy(&p->wake);
+}
+
+static bnb_status bnb__pool_start(bnb__pool *p, int32_t n, bnb_error *err) {
+    pthread_mutex_init(&p->team_lock, NULL);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->n = n;
+    for (int32_t i = 1; i < n; i++) {
+        p->args[i] = (bnb__worker_arg){p, i};
+        if (pthread_create(&p->threads[i], NULL, bnb__worker, &p->args[i])) {
+            p->n = i; /* those that run */
+            bnb__pool_stop(p);
+            return bnb_fail(err, BNB_E_NOMEM, "thread %d of %d could not be started", (int)i + 1, (int)n);
+        }
+    }
+    return BNB_OK;
+}
+
+typedef struct bnb__parallel_arg {
+    void (*fn)(void *arg, int64_t i);
+    void *arg;
+    int64_t n;
+    _Atomic int64_t next;
+} bnb__parallel_arg;
+
+static void bnb__parallel_team(void *arg, int32_t ith, int32_t nth) {
+    bnb__parallel_arg *a = arg;
+    (void)ith, (void)nth;
+    for (int64_t i; (i = atomic_fetch_add(&a->next, 1)) < a->n;) a->fn(a->arg, i);
+}
+
+void bnb_parallel(bnb_env *env, int64_t n, void (*fn)(void *arg, int64_t i), void *arg) {
+    bnb__parallel_arg a = {fn, arg, n, 0};
+    if (n == 1) fn(arg, 0);
+    else if (n > 1) bnb__team(env, bnb__parallel_team, &a);
+}
+
+/* ---- the CPU ---- */
+
+#if defined(__x86_64__)
+static uint32_t bnb__cpu_detect(void) {
+    uint32_t a, b, c, d, found = 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return 0;
+    int fma = c >> 12 & 1, osxsave = c >> 27 & 1, f16c = c >> 29 & 1;
+    if (!osxsave) return 0;
+    uint32_t xcr0, xcr0_high; /* which registers the system saves: 2 ymm = 0x6, zmm = 0xe0, tiles = 0x60000 */
+    __asm__ volatile("xgetbv" : "=a"(xcr0), "=d"(xcr0_high) : "c"(0));
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    if ((xcr0 & 0x6) == 0x6 && fma && f16c && (b >> 5 & 1)) found |= BNB_CPU_AVX2;
+    int f = b >> 16 & 1, dq = b >> 17 & 1, bw = b >> 30 & 1, vl = b >> 31 & 1;
+    if ((found & BNB_CPU_AVX2) && (xcr0 & 0xe0) == 0xe0 && f && dq && bw && vl) {
+        found |= BNB_CPU_AVX512;
+        if (c >> 11 & 1) found |= BNB_CPU_AVX512_VNNI;
+        int tile = d >> 24 & 1, amx_int8 = d >> 25 & 1, amx_bf16 = d >> 22 & 1;
+        if (__get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1)) found |= BNB_CPU_AVX512_BF16;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+        enum { ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18 };
+        if (tile && amx_int8 && amx_bf16 && (xcr0 & 0x60000) == 0x60000 &&
+            syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0)
+            found |= BNB_CPU_AMX;
+#else
+        (void)tile, (void)amx_int8, (void)amx_bf16;
+#endif
+    }
+    return found;
+}
+#else
+static uint32_t bnb__cpu_detect(void) { return 0; }
+#endif
+
+static int32_t bnb__cpu_count(void) {
+#if defined(__linux__)
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+    long n = sysconf(_SC_NPROCESSORS_ONLN);
+    return n < 1 ? 1 : (int32_t)n;
+}
+
+void bnb_env_params_default(bnb_env_params *params, uint32_t struct_size) {
+    memset(params, 0, BNB__MIN(struct_size, sizeof *params));
+    params->struct_size = struct_size;
+}
+
+bnb_env *bnb_env_create(const bnb_env_params *params, bnb_error *err) {
+    bnb_env_params p;
+    bnb_env_params_default(&p, sizeof p);
+    if (params) memcpy(&p, params, BNB__MIN(params->struct_size, sizeof p));
+    if (p.n_threads < 0 || p.n_threads > BNB__MAX_THREADS) {
+        bnb_fail(err, BNB_E_ARG, "the number of threads is %d, not 0 to %d", (int)p.n_threads, BNB__MAX_THREADS);
+        return NULL;
+    }
+    if (p.n_threads == 0) p.n_threads = BNB__MIN(bnb__cpu_count(), BNB__MAX_THREADS);
+    if (!p.alloc) p.alloc = bnb__default_alloc;
+
+    bnb_env *env = p.alloc(p.user, NULL, 0, sizeof *env, BNB__ALIGN);
+    if (!env) {
+        bnb_fail(err, BNB_E_NOMEM, "out of memory: %zu bytes for an env", sizeof *env);
+        return NULL;
+    }
+    memset(env, 0, sizeof *env);
+    env->params = p;
+    env->owned.next = env->owned.prev = &env->owned;
+    env->cpu = (bnb__cpu_detect() | BNB_CPU_FAST) & ~p.cpu_disable;
+    if (p.cpu_disable & BNB_CPU_FAST) env->cpu = 0;
+    if (bnb__pool_start(&env->pool, p.n_threads, err)) {
+        p.alloc(p.user, env, sizeof *env, 0, BNB__ALIGN);
+        return NULL;
+    }
+    pthread_mutex_init(&env->lock, NULL);
+    return env;
+}
+
+static void bnb__backend_destroy(bnb__owned *o);
+
+void bnb_env_free(bnb_env *env) {
+    if (!env) return;
+    for (bnb__owned *o = env->owned.next, *next; o != &env->owned; o = next) { /* newest first, backends last: they hold memory of the others */
+        next = o->next;
+        if (o->destroy != bnb__backend_destroy) bnb__disown(o);
+    }
+    while (env->owned.next != &env->owned) bnb__disown(env->owned.next);
+    bnb__pool_stop(&env->pool);
+    pthread_mutex_destroy(&env->lock);
+    env->params.alloc(env->params.user, env, sizeof *env, 0, BNB__ALIGN);
+}
+
+int32_t bnb_env_threads(const bnb_env *env) { return env->pool.n; }
+uint32_t bnb_env_cpu(const bnb_env *env) { return env->cpu; }
+uint64_t bnb_env_bytes(const bnb_env *env) { return atomic_load(&env->bytes); }
+uint64_t bnb_env_bytes_peak(const bnb_env *env) { return atomic_load(&env->bytes_peak); }
+
+/* ==== [UTIL] ==================================================================================================== */
+
+static double bnb__seconds(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+static uint64_t bnb__align_up(uint64_t n, uint64_t align) { return (n + align - 1) & ~(align - 1); }
+
+static uint64_t bnb__read64(const uint8_t *p) { uint64_t v; memcpy(&v, p, 8); return v; }
+static uint32_t bnb__read32(const uint8_t *p) { uint32_t v; memcpy(&v, p, 4); return v; }
+static uint64_t bnb__rotl(uint64_t v, int r) { return v << r | v >> (64 - r); }
+
+/* XXH64 by Yann Collet: the published algorithm; fast enough that checking a file is bound by the disk. */
+uint64_t bnb_hash64(const void *data, uint64_t bytes, uint64_t seed) {
+    const uint64_t P1 = 0x9E3779B185EBCA87u, P2 = 0xC2B2AE3D27D4EB4Fu, P3 = 0x165667B19E3779F9u, P4 = 0x85EBCA77C2B2AE63u,
+                   P5 = 0x27D4EB2F165667C5u;
+    const uint8_t *p = data, *end = p + bytes;
+    uint64_t h;
+    if (bytes >= 32) {
+        uint64_t v[4] = {seed + P1 + P2, seed + P2, seed, seed - P1};
+        for (; end - p >= 32; p += 32)
+            for (int i = 0; i < 4; i++) v[i] = bnb__rotl(v[i] + bnb__read64(p + 8 * i) * P2, 31) * P1;
+        h = bnb__rotl(v[0], 1) + bnb__rotl(v[1], 7) + bnb__rotl(v[2], 12) + bnb__rotl(v[3], 18);
+        for (int i = 0; i < 4; i++) h = (h ^ bnb__rotl(v[i] * P2, 31) * P1) * P1 + P4;
+    } else {
+        h = seed + P5;
+    }
+    h += bytes;
+    for (; end - p >= 8; p += 8) h = bnb__rotl(h ^ bnb__rotl(bnb__read64(p) * P2, 31) * P1, 27) * P1 + P4;
+    if (end - p >= 4) {
+        h = bnb__rotl(h ^ bnb__read32(p) * P1, 23) * P2 + P3;
+        p += 4;
+    }
+    for (; p < end; p++) h = bnb__rotl(h ^ *p * P5, 11) * P1;
+    h = (h ^ h >> 33) * P2;
+    h = (h ^ h >> 29) * P3;
+    return h ^ h >> 32;
+}
+
+struct bnb_backend {
+    bnb__owned owned;
+    const bnb_backend_api *api;
+    void *dev;
+    char name[32];
+};
+
+/* Host memory: the caller's own, or the CPU backend's. */
+static int bnb__on_host(const bnb_tensor *t) { return !t->backend || !strcmp(t->backend->api->name, "cpu"); }
+
+/* ==== [NUM] ======================================================================================================
+ * The bits of numbers. Everything here is exact or rounds once, to nearest even, whatever the compiler's flags are:
+ * where a product is added to, bnb__rounded stands between the two. */
+
+#if defined(__FAST_MATH__) || FLT_EVAL_METHOD == 1 || FLT_EVAL_METHOD == 2
+#error "bnb.c promises bitsandbytes' bits: no -ffast-math, and no x87 arithmetic (use -msse2 -mfpmath=sse)"
+#endif
+
+static uint32_t bnb__bits(float x) {
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+}
+
+static float bnb__float(uint32_t u) {
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+}
+
+/* Ends an expression. Without it gcc (and clang, within a statement) may fuse a * b + c into one rounding where the
+ * target has FMA: on aarch64 and with -march=native. Pragmas and attributes against that differ by compiler; a value
+ * that has passed through an asm statement cannot be fused by any. */
+static inline float bnb__rounded(float x) {
+#if defined(__GNUC__) && defined(__x86_64__)
+    __asm__("" : "+x"(x));
+    return x;
+#elif defined(__GNUC__) && defined(__aarch64__)
+    __asm__("" : "+w"(x));
+    return x;
+#else
+    volatile float v = x;
+    return v;
+#endif
+}
+
+/* A NaN becomes quiet and keeps sign and payload in both directions, as in the F16C instructions. */
+static float bnb__f16_to_f32(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, em = h & 0x7fff, u = em << 13;
+    if (em > 0x7c00) u |= 0x7fc00000;
+    else if (em == 0x7c00) u = 0x7f800000;
+    else if (em >= 0x0400) u += 0x38000000;
+    else u = bnb__bits((float)em * 0x1p-24f);
+    return bnb__float(sign | u);
+}
+
+static uint16_t bnb__f32_to_f16(float x) {
+    uint32_t u = bnb__bits(x), sign = u >> 16 & 0x8000, a = u & 0x7fffffff;
+    if (a > 0x7f800000) a = 0x7e00 | (a >> 13 & 0x3ff);
+    else if (a >= 0x477ff000) a = 0x7c00; /* 65520, half a step above the largest, and more: infinity */
+    else if (a >= 0x38800000) a = (a - 0x38000000 + 0xfff + (a >> 13 & 1)) >> 13;
+    else a = bnb__bits(bnb__float(a) + 0.5f) - 0x3f000000; /* an ulp of 0.5f is 2^-24, the step of f16's subnormals */
+    return (uint16_t)(sign | a);
+}
+
+static float bnb__bf16_to_f32(uint16_t h) { return bnb__float((uint32_t)h << 16); }
+
+static uint16_t bnb__f32_to_bf16(float x) {
+    uint32_t u = bnb__bits(x);
+    return (uint16_t)((u & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+
+/* CUDA's fast math: subnormals count as zeros of their sign. In bits, so that it holds in any state of the FPU. */
+static float bnb__ftz(float x) {
+    uint32_t u = bnb__bits(x);
+    return bnb__float((u & 0x7f800000) ? u : u & 0x80000000);
+}
+
+/* 1/x as bitsandbytes' CUDA kernels see it (rcp.approx.ftz.f32): the correctly rounded quotient or a neighbour of it.
+ * The neighbour was measured on an H100 over all mantissas and does not depend on the exponent. This table has the
+ * mantissas of at most 10 bits, so every f16 and bf16 value is exact; with f32 weights an absmax has more bits and the
+ * correctly rounded quotient stands in, which changes about one code byte in 16 million.
+ * Two bits per mantissa [1024], low bits first: 0 none, 1 one ulp up, 2 one ulp down. */
+static const uint64_t bnb__rcp_fix[32] = {
+    0x0000011420402000, 0x2000000120000002, 0x0042a00008002000, 0xa000000400050014, 0x0004014000108000,
+    0x0000008200000002, 0x0880200401400000, 0x0100000000000014, 0x8000002000000100, 0x0000000500110000,
+    0x0810000000000800, 0x0000004000000000, 0x8005004801400010, 0x0880400000040004, 0x0028004000101404,
+    0x0044001000010004, 0x4000004100054000, 0x0000014020000040, 0x0000000000000000, 0x0000004000002000,
+    0x0040000000514000, 0x0500000040000140, 0x0001010000000000, 0x0000000080000000, 0x0000045480000000,
+    0x0000400004004400, 0x0000000000000000, 0x0400000011110000, 0x0041000000000000, 0x0a20200100000001,
+    0x0140000000010800, 0x0002002000000400,
+};
+
+static float bnb__rcp_cuda(float x) {
+    uint32_t m = bnb__bits(x) & 0x7fffff, r;
+    x = bnb__ftz(x);
+    r = bnb__bits(1.0f / x);
+    if (m != 0 && (m & 0x1fff) == 0 && (r & 0x7fffffff) < 0x7f800000 && (r & 0x7fffffff) != 0) {
+        uint32_t i = m >> 13, k = (uint32_t)(bnb__rcp_fix[i / 32] >> (2 * (i % 32))) & 3;
+        r += k == 1 ? 1u : k == 2 ? 0xffffffffu : 0u;
+    }
+    return bnb__ftz(bnb__float(r));
+}
+
+/* How many of the ascending t [n] are below x, by halving; n + 1 is a power of two. 0 for NaN. */
+static int32_t bnb__count_below(const float *t, int32_t n, float x) {
+    int32_t r = 0;
+    for (int32_t s = (n + 1) / 2; s; s /= 2) r += s & -(int32_t)(x > t[r + s - 1]);
+    return r;
+}
+
+/* Reads elements [first, first + n) of base, an f32, f16 or bf16 array at any address, as f32. */
+static void bnb__load_f32(int32_t type, const void *base, int64_t first, int64_t n, float *dst) {
+    const uint8_t *p = (const uint8_t *)base + first * (type == BNB_F32 ? 4 : 2);
+    if (type == BNB_F32) {
+        memcpy(dst, p, (size_t)n * 4);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h;
+        memcpy(&h, p + 2 * i, 2);
+        dst[i] = type == BNB_F16 ? bnb__f16_to_f32(h) : bnb__bf16_to_f32(h);
+    }
+}
+
+/* The reverse: one rounding. */
+static void bnb__store_f32(int32_t type, const float *src, int64_t n, void *base, int64_t first) {
+    uint8_t *p = (uint8_t *)base + first * (type == BNB_F32 ? 4 : 2);
+    if (type == BNB_F32) {
+        memcpy(p, src, (size_t)n * 4);
+        return;
+    }
+    for (int64_t i = 0; i < n; i++) {
+        uint16_t h = type == BNB_F16 ? bnb__f32_to_f16(src[i]) : bnb__f32_to_bf16(src[i]);
+        memcpy(p + 2 * i, &h, 2);
+    }
+}
+
+/* ==== [TYPE] ================================================================================================== */
+
+static const struct {
+    const char *name;
+    int32_t bits;
+} bnb__types[BNB_TYPE_COUNT] = {
+#define BNB__TYPE_ROW(id, symbol, name, bits) [id] = {name, bits},
+    BNB_TYPES(BNB__TYPE_ROW)
+#undef BNB__TYPE_ROW
+};
+
+const char *bnb_type_name(int32_t type) { return type >= 0 && type < BNB_TYPE_COUNT ? bnb__types[type].name : NULL; }
+
+int32_t bnb_type_bits(int32_t type) { return type >= 0 && type < BNB_TYPE_COUNT ? bnb__types[type].bits : 0; }
+
+int32_t bnb_type_from_name(const char *name) {
+    for (int32_t i = 0; name && i < BNB_TYPE_COUNT; i++) {
+        if (bnb__types[i].name && strcmp(bnb__types[i].name, name) == 0) return i;
+    }
+    return -1;
+}
+
+int32_t bnb_type_is_quantized(int32_t type) { return type == BNB_INT8 || type == BNB_NF4 || type == BNB_FP4; }
+
+static int bnb__type_is_float(int32_t type) { return type == BNB_F32 || type == BNB_F16 || type == BNB_BF16; }
+
+bnb_quant bnb_quant_default(int32_t type) {
+    bnb_quant q = {0};
+    q.blocksize = 64;
+    q.nested_blocksize = 256;
+    q.dtype = BNB_F32;
+    q.threshold = type == BNB_INT8 ? 6.0f : 0.0f;
+    q.outlier_rule = BNB_OUTLIER_COLUMN;
+    return q;
+}
+
+/* Whether q describes tensors of this type. Plain types need no description. */
+static int bnb__quant_valid(int32_t type, const bnb_quant *q) {
+    if (!bnb_type_is_quantized(type)) return bnb_type_name(type) != NULL;
+    if (!q || !bnb__type_is_float(q->dtype)) return 0;
+    if (type == BNB_INT8) return q->threshold >= 0 && q->threshold <= FLT_MAX && (q->outlier_rule | 1) == 1;
+    if (q->blocksize < 32 || q->blocksize > 4096 || (q->blocksize & (q->blocksize - 1))) return 0;
+    return (q->double_quant | 1) == 1 && (!q->double_quant || q->nested_blocksize == 256);
+}
+
+/* UINT64_MAX: no such tensor can exist (overflow, a negative dimension, an invalid quant). */
+uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, const int64_t *shape, int32_t plane) {
+    uint64_t n = 1, nb, bytes;
+    int32_t empty = 0;
+    if (!bnb__quant_valid(type, quant) || n_dims < 0 || n_dims > BNB_MAX_DIMS || (n_dims && !shape)) return UINT64_MAX;
+    if (type == BNB_INT8 && n_dims != 2) return UINT64_MAX;
+    for (int32_t i = 0; i < n_dims; i++) {
+        if (shape[i] < 0) return UINT64_MAX;
+        empty |= shape[i] == 0;
+    }
+    for (int32_t i = 0; i < n_dims && !empty; i++) { /* n * 4 must fit into int64_t: offsets are signed */
+        if ((uint64_t)shape[i] > (uint64_t)INT64_MAX / 4 / n) return UINT64_MAX;
+        n *= (uint64_t)shape[i];
+    }
+    if (empty) n = 0;
+    switch (type) {
+    case BNB_INT8:
+        if (shape[0] > INT64_MAX / 4) return UINT64_MAX;
+        return plane == 0 ? n : plane == 1 ? (uint64_t)shape[0] * 4 : 0;
+    case BNB_NF4:
+    case BNB_FP4:
+        nb = n / (uint64_t)quant->blocksize + (n % (uint64_t)quant->blocksize != 0);
+        if (plane == 0) return (n + 1) / 2;
+        if (plane == 1) return quant->double_quant ? nb : nb * 4;
+        if (plane == 2) return quant->double_quant ? (nb + 255) / 256 * 4 : 0;
+        return plane == 3 && quant->double_quant ? 256 * 4 : 0;
+    default: bytes = (uint64_t)bnb_type_bits(type) / 8; return plane == 0 ? n * bytes : 0;
+    }
+}
+
+/* ==== [QUANT] ====================================================================================================
+ * bitsandbytes' arithmetic. Every operator below is one rounded f32 operation; a = the weight, widened exactly.
+ *
+ * 4 bits (QLoRA), per block of the flattened tensor: m = max |a|, x = a * (1/m), code = a search in 15 bounds.
+ *   CUDA  subnormal a count as 0; m ignores NaN; 1/m is the hardware's (bnb__rcp_cuda), so a block of zeros has
+ *         x = 0 * inf = NaN. A NaN is code 0. FP4 goes by |x|, and a negative x has the sign bit even when it is 0.
+ *   CPU   m of a block with a NaN is NaN; 1/max(m, 1e-38). The last, short block stores max(m, 1e-38) and divides by
+ *         it. A NaN is above every bound. FP4 is a search in the 16 sorted values, where -0 stands after 0.
+ *   An odd count is padded with a 0 in the last low nibble.
+ * 8 bits of nested statistics (dynamic tree of Dettmers et al., "8-bit Optimizers"): the same with d = m - mean(m)
+ *   over 256 blocks and the 255 midpoints of a 256-entry map. CUDA: an exact midpoint goes to the even code. CPU: x
+ *   goes through a table of 65,536 steps on [-1, 1].
+ * LLM.int8(), per row: a is rounded to f16 first; SCB = max |a|, code = nearest integer of a * s, NaN is 0.
+ *   CUDA  SCB ignores NaN; s = 127 * (1/SCB), the hardware's reciprocal.     CPU  s = RN(1/SCB) * 127.
+ * Back: value[code] * m, with m = RN(map[code8] * nested_absmax) + offset;  RN(q * SCB) * RN(1/127). One more rounding
+ *   to f16 or bf16. CUDA also flushes subnormal products; here they are kept, as on the CPU. */
+
+const float bnb_nf4_map[16] = {
+    -0x1p+0f,        -0x1.647362p-1f, -0x1.0cd66p-1f,  -0x1.94654p-2f, -0x1.23449ap-2f, -0x1.7a6a7ep-3f,
+    -0x1.74f0e2p-4f, 0x0p+0f,         0x1.45f5fep-4f,  0x1.4995c6p-3f, 0x1.f809bap-3f,  0x1.5a0674p-2f,
+    0x1.c3497p-2f,   0x1.200f56p-1f,  0x1.722766p-1f,  0x1p+0f};
+
+/* 0, 1/192, 2/3, 1, 1/3, 1/2, 1/6, 1/4 */
+const float bnb_fp4_map[16] = {
+    0x0p+0f,  0x1.555556p-8f,  0x1.555556p-1f,  0x1p+0f,  0x1.555556p-2f,  0x1p-1f,  0x1.555556p-3f,  0x1p-2f,
+    -0x0p+0f, -0x1.555556p-8f, -0x1.555556p-1f, -0x1p+0f, -0x1.555556p-2f, -0x1p-1f, -0x1.555556p-3f, -0x1p-2f};
+
+/* All four 4-bit rules are one search: rank = number of bounds below x, then code[rank].
+ * The CUDA rule of FP4 is "|x| > t", so its negative bounds stand one ulp lower (x > pred(-t) means x >= -t), and its
+ * sign rule x < 0 is the bound -2^-126, because no x lies between that and 0 (results below 2^-126 are flushed; left
+ * unflushed, as here, they fall on the same side as 0). */
+typedef struct bnb__rule4 {
+    float bound[15];  /* ascending                                             */
+    float nan;        /* what a NaN counts as                                  */
+    float smallest;   /* |a| below this counts as 0                            */
+    uint8_t code[16]; /* rank -> code                                          */
+} bnb__rule4;
+
+#define BNB__NF4_BOUNDS                                                                                                \
+    {-0x1.b239bp-1f,  -0x1.38a4ep-1f,  -0x1.d709p-2f,   -0x1.5bd4ecp-2f, -0x1.e079d8p-3f,                              \
+     -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f,  0x1.ec90c4p-4f,  0x1.a0cfcp-3f,                                \
+     0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,  0x1.00da08p-1f,  0x1.491b5ep-1f,  0x1.b913b4p-1f}
+
+static const bnb__rule4 bnb__rules4[2][2] = { /* [compat][NF4, FP4] */
+    {{BNB__NF4_BOUNDS, -1.0f, FLT_MIN, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}},
+     {{-0x1.aaaaacp-1f, -0x1.2aaaa2p-1f, -0x1.aaaaaep-2f, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f,
+       -0x1.600002p-4f, -0x1.555574p-9f, -0x1p-126f,      0x1.555572p-9f,  0x1.6p-4f,
+       0x1.aaaaaap-3f,  0x1.2aaaaap-2f,  0x1.aaaaacp-2f,  0x1.2aaaap-1f,   0x1.aaaaaap-1f},
+      0.0f, FLT_MIN, {11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3}}},
+    {{BNB__NF4_BOUNDS, 1.0f, 0.0f, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}},
+     {{-0x1.aaaaacp-1f, -0x1.2aaaacp-1f, -0x1.aaaaacp-2f, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f,
+       -0x1.6p-4f,      -0x1.555556p-9f, 0x0p+0f,         0x1.555556p-9f,  0x1.6p-4f,
+       0x1.aaaaacp-3f,  0x1.2aaaacp-2f,  0x1.aaaaacp-2f,  0x1.2aaaacp-1f,  0x1.aaaaacp-1f},
+      1.0f, 0.0f, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}}},
+};
+
+/* A rule laid out for the search: node i of a binary tree has the children 2i and 2i + 1, so that four steps of
+ * "i = 2i + (x > tree[i])" from i = 1 end at 16 + rank, and each level of the tree fits a vector register. */
+typedef struct bnb__search4 {
+    float tree[16]; /* [1..15] */
+    float nan, smallest;
+    uint8_t code[16];
+} bnb__search4;
+
+static void bnb__search4_init(bnb__search4 *s, const bnb__rule4 *rule) {
+    s->tree[0] = 0;
+    for (int32_t half = 8, i = 1; half; half /= 2) {
+        for (int32_t at = half - 1; at < 15; at += 2 * half) s->tree[i++] = rule->bound[at];
+    }
+    s->nan = rule->nan;
+    s->smallest = rule->smallest;
+    memcpy(s->code, rule->code, 16);
+}
+
+/* The inner loops, one row per instruction set; every row gives the same bits. */
+typedef struct bnb__vec {
+    uint32_t cpu; /* BNB_CPU_* bits it needs */
+    void (*load)(int32_t type, const void *base, int64_t first, int64_t n, float *dst);
+    void (*store)(int32_t type, const float *src, int64_t n, void *base, int64_t first);
+    uint32_t (*absmax)(const float *a, int64_t n); /* bits of max |a|; above 7f800000: there is a NaN            */
+    /* a [n], n even -> codes of a[i] * scale, packed [n/2] */
+    void (*code4)(const bnb__search4 *s, const float *a, int64_t n, float scale, uint8_t *out);
+    void (*code8)(const float *a, int64_t n, float scale, int8_t *out);      /* a [n] -> rint(a * scale), NaN is 0 */
+    void (*value4)(const float *v, const uint8_t *q, int64_t n, float *dst); /* v [16], q [(n+1)/2] -> v[code] [n] */
+    void (*value8)(const int8_t *q, int64_t n, float scb, float *dst);
+} bnb__vec;
+
+static uint32_t bnb__absmax_plain(const float *a, int64_t n) {
+    uint32_t m = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = bnb__bits(a[i]) & 0x7fffffff;
+        m = BNB__MAX(u, m);
+    }
+    return m;
+}
+
+static void bnb__code4_plain(const bnb__search4 *s, const float *a, int64_t n, float scale, uint8_t *out) {
+    for (int64_t i = 0; i < n; i += 2) {
+        uint32_t c[2];
+        for (int32_t j = 0; j < 2; j++) {
+            float x = (fabsf(a[i + j]) < s->smallest ? 0.0f : a[i + j]) * scale;
+            c[j] = 1;
+            if (x != x) x = s->nan;
+            for (int32_t level = 0; level < 4; level++) c[j] = 2 * c[j] + (x > s->tree[c[j]]);
+        }
+        out[i / 2] = (uint8_t)(s->code[c[0] - 16] << 4 | s->code[c[1] - 16]);
+    }
+}
+
+static void bnb__code8_plain(const float *a, int64_t n, float scale, int8_t *out) {
+    for (int64_t i = 0; i < n; i++) {
+        float x = a[i] * scale; /* within 127 and an ulp, or NaN */
+        out[i] = (int8_t)(x == x ? rintf(x) : 0.0f);
+    }
+}
+
+static void bnb__value4_plain(const float *v, const uint8_t *q, int64_t n, float *dst) {
+    for (int64_t i = 0; i + 1 < n; i += 2) {
+        dst[i] = v[q[i / 2] >> 4];
+        dst[i + 1] = v[q[i / 2] & 15];
+    }
+    if (n & 1) dst[n - 1] = v[q[n / 2] >> 4];
+}
+
+static void bnb__value8_plain(const int8_t *q, int64_t n, float scb, float *dst) {
+    for (int64_t i = 0; i < n; i++) dst[i] = (float)q[i] * scb * 0x1.020408p-7f; /* the f32 nearest to 1/127 */
+}
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define BNB__VEC_AVX2 __attribute__((target("avx2,f16c")))
+
+BNB__VEC_AVX2 static void bnb__load_avx2(int32_t type, const void *base, int64_t first, int64_t n, float *dst) {
+    int64_t i = 0;
+    if (type != BNB_F32) {
+        const uint8_t *p = (const uint8_t *)base + first * 2;
+        for (; i + 8 <= n; i += 8) {
+            __m128i h = _mm_loadu_si128((const __m128i *)(p + 2 * i));
+            __m256i wide = _mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16);
+            _mm256_storeu_ps(dst + i, type == BNB_F16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(wide));
+        }
+    }
+    bnb__load_f32(type, base, first + i, n - i, dst + i);
+}
+
+BNB__VEC_AVX2 static void bnb__store_avx2(int32_t type, const float *src, int64_t n, void *base, int64_t first) {
+    int64_t i = 0;
+    uint8_t *p = (uint8_t *)base + first * 2;
+    if (type == BNB_F16) {
+        for (; i + 8 <= n; i += 8) {
+            __m128i h = _mm256_cvtps_ph(_mm256_loadu_ps(src + i), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+            _mm_storeu_si128((__m128i *)(p + 2 * i), h);
+        }
+    } else if (type == BNB_BF16) {
+        const __m256i one = _mm256_set1_epi32(1), half = _mm256_set1_epi32(0x7fff), nan = _mm256_set1_epi32(0x7fc0);
+        for (; i + 8 <= n; i += 8) {
+            __m256 x = _mm256_loadu_ps(src + i);
+            __m256i u = _mm256_castps_si256(x), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), one);
+            u = _mm256_srli_epi32(_mm256_add_epi32(_mm256_add_epi32(u, half), odd), 16);
+            u = _mm256_blendv_epi8(u, nan, _mm256_castps_si256(_mm256_cmp_ps(x, x, _CMP_UNORD_Q)));
+            u = _mm256_permute4x64_epi64(_mm256_packus_epi32(u, u), 0x08);
+            _mm_storeu_si128((__m128i *)(p + 2 * i), _mm256_castsi256_si128(u));
+        }
+    }
+    bnb__store_f32(type, src + i, n - i, base, first + i);
+}
+
+BNB__VEC_AVX2 static uint32_t bnb__absmax_avx2(const float *a, int64_t n) {
+    const __m256i abs = _mm256_set1_epi32(0x7fffffff);
+    __m256i m0 = _mm256_setzero_si256(), m1 = m0;
+    uint32_t lane[8], m;
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        m0 = _mm256_max_epi32(m0, _mm256_and_si256(abs, _mm256_loadu_si256((const __m256i *)(a + i))));
+        m1 = _mm256_max_epi32(m1, _mm256_and_si256(abs, _mm256_loadu_si256((const __m256i *)(a + i + 8))));
+    }
+    m = bnb__absmax_plain(a + i, n - i);
+    _mm256_storeu_si256((__m256i *)lane, _mm256_max_epi32(m0, m1));
+    for (i = 0; i < 8; i++) m = BNB__MAX(lane[i], m);
+    return m;
+}
+
+BNB__VEC_AVX2 static void bnb__code4_avx2(const bnb__search4 *s, const float *a, int64_t n, float scale, uint8_t *out) {
+    /* a level of the tree is a table of at most 8 numbers, looked up by the place within the level */
+    const __m256 t0 = _mm256_set1_ps(s->tree[1]), t1 = _mm256_loadu_ps(s->tree + 2), t2 = _mm256_loadu_ps(s->tree + 4),
+                 t3 = _mm256_loadu_ps(s->tree + 8), abs = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff)),
+                 small = _mm256_set1_ps(s->smallest), nan = _mm256_set1_ps(s->nan), mul = _mm256_set1_ps(scale);
+    const __m256i code = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)s->code)),
+                  order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7), pair = _mm256_set1_epi16(0x0110);
+    int64_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        __m256i c[4], p;
+        for (int32_t j = 0; j < 4; j++) {
+            __m256 x = _mm256_loadu_ps(a + i + 8 * j), m;
+            __m256i r;
+            x = _mm256_and_ps(x, _mm256_cmp_ps(_mm256_and_ps(x, abs), small, _CMP_NLT_UQ));
+            x = _mm256_mul_ps(x, mul);
+            x = _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+            m = _mm256_cmp_ps(x, t0, _CMP_GT_OQ);
+            r = _mm256_srli_epi32(_mm256_castps_si256(m), 31);
+            m = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t1, r), _CMP_GT_OQ);
+            r = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(m));
+            m = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t2, r), _CMP_GT_OQ);
+            r = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(m));
+            m = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t3, r), _CMP_GT_OQ);
+            c[j] = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(m));
+        }
+        p = _mm256_packus_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
+        p = _mm256_shuffle_epi8(code, _mm256_permutevar8x32_epi32(p, order)); /* 32 codes, a byte each */
+        p = _mm256_maddubs_epi16(p, pair);                                    /* 16 * even + odd       */
+        p = _mm256_permute4x64_epi64(_mm256_packus_epi16(p, p), 0x08);
+        _mm_storeu_si128((__m128i *)(out + i / 2), _mm256_castsi256_si128(p));
+    }
+    bnb__code4_plain(s, a + i, n - i, scale, out + i / 2);
+}
+
+BNB__VEC_AVX2 static void bnb__code8_avx2(const float *a, int64_t n, float scale, int8_t *out) {
+    const __m256 mul = _mm256_set1_ps(scale);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m256i c[2], p;
+        for (int32_t j = 0; j < 2; j++) {
+            __m256 x = _mm256_mul_ps(_mm256_loadu_ps(a + i + 8 * j), mul);
+            c[j] = _mm256_cvtps_epi32(_mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q)));
+        }
+        p = _mm256_permute4x64_epi64(_mm256_packs_epi32(c[0], c[1]), 0xd8);
+        p = _mm256_permute4x64_epi64(_mm256_packs_epi16(p, p), 0x08);
+        _mm_storeu_si128((__m128i *)(out + i), _mm256_castsi256_si128(p));
+    }
+    bnb__code8_plain(a + i, n - i, scale, out + i);
+}
+
+BNB__VEC_AVX2 static void bnb__value4_avx2(const float *v, const uint8_t *q, int64_t n, float *dst) {
+    const __m256 low = _mm256_loadu_ps(v), high = _mm256_loadu_ps(v + 8);
+    const __m128i mask = _mm_set1_epi8(15);
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        __m128i b = _mm_loadl_epi64((const __m128i *)(q + i / 2));
+        b = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(b, 4), mask), _mm_and_si128(b, mask));
+        for (int32_t j = 0; j < 2; j++, b = _mm_srli_si128(b, 8)) {
+            __m256i c = _mm256_cvtepu8_epi32(b);
+            __m256 x = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, c), _mm256_permutevar8x32_ps(high, c),
+                                        _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
+            _mm256_storeu_ps(dst + i + 8 * j, x);
+        }
+    }
+    bnb__value4_plain(v, q + i / 2, n - i, dst + i);
+}
+
+BNB__VEC_AVX2 static void bnb__value8_avx2(const int8_t *q, int64_t n, float scb, float *dst) {
+    const __m256 s = _mm256_set1_ps(scb), inv = _mm256_set1_ps(0x1.020408p-7f);
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        __m256 x = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(q + i))));
+        _mm256_storeu_ps(dst + i, _mm256_mul_ps(_mm256_mul_ps(x, s), inv));
+    }
+    bnb__value8_plain(q + i, n - i, scb, dst + i);
+}
+#endif
+
+static const bnb__vec bnb__vecs[] = { /* the best first */
+#if defined(__x86_64__) && defined(__GNUC__)
+    {BNB_CPU_FAST | BNB_CPU_AVX2, bnb__load_avx2, bnb__store_avx2, bnb__absmax_avx2, bnb__code4_avx2, bnb__code8_avx2,
+     bnb__value4_avx2, bnb__value8_avx2},
+#endif
+    {0, bnb__load_f32, bnb__store_f32, bnb__absmax_plain, bnb__code4_plain, bnb__code8_plain, bnb__value4_plain,
+     bnb__value8_plain},
+};
+
+static const bnb__vec *bnb__vec_for(uint32_t cpu) {
+    const bnb__vec *v = bnb__vecs;
+    while (v->cpu & ~cpu) v++;
+    return v;
+}
+
+static int64_t bnb__blocks(const bnb_tensor *t) {
+    int64_t n = bnb_tensor_elements(t);
+    return n / t->quant.blocksize + (n % t->quant.blocksize != 0);
+}
+
+/* The absmax of a block of a 4-bit tensor, restored with two roundings if it is stored in 8 bits. */
+static float bnb__scale_of(const bnb_tensor *t, int64_t block) {
+    float m, a, v;
+    if (!t->quant.double_quant) {
+        memcpy(&m, (const uint8_t *)t->plane[1] + block * 4, 4);
+        return m;
+    }
+    memcpy(&a, (const uint8_t *)t->plane[2] + block / t->quant.nested_blocksize * 4, 4);
+    memcpy(&v, (const uint8_t *)t->plane[3] + ((const uint8_t *)t->plane[1])[block] * 4, 4);
+    return bnb__rounded(v * a) + t->quant.nested_offset;
+}
+
+/* Values of elements [first, first + n) of an int8, nf4 or fp4 tensor: dst [n]. first may be odd. */
+static void bnb__dequant_span(const bnb__vec *vec, const bnb_tensor *t, int64_t first, int64_t n, float *dst) {
+    const uint8_t *q = (const uint8_t *)t->plane[0];
+    const float *map = t->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map;
+    const int64_t run = t->type == BNB_INT8 ? t->shape[1] : t->quant.blocksize; /* elements that share a scale */
+    for (int64_t m; n > 0; first += m, dst += m, n -= m) {
+        float scale, v[16];
+        m = BNB__MIN(run - first % run, n);
+        if (t->type == BNB_INT8) {
+            memcpy(&scale, (const uint8_t *)t->plane[1] + first / run * 4, 4);
+            vec->value8((const int8_t *)q + first, m, scale, dst);
+            continue;
+        }
+        scale = bnb__scale_of(t, first / run);
+        for (int32_t i = 0; i < 16; i++) v[i] = map[i] * scale;
+        if (first & 1) dst[0] = v[q[first / 2] & 15];
+        vec->value4(v, q + (first + 1) / 2, m - (first & 1), dst + (first & 1));
+    }
+}
+
+static void bnb__dequant_row(const bnb_tensor *t, int64_t first, int64_t n, float *dst) {
+    bnb__dequant_span(bnb__vec_for(0), t, first, n, dst);
+}
+
+/* Entries 128..255 of the signed dynamic map; entry 127 is 0 and the ones below mirror 254..128 with a minus. It is
+ * what PyTorch computes on CPUs with AVX2, and so what ordinary files hold; other CPUs differ in the last bits. */
+static const uint32_t bnb__dynamic_bits[128] = {
+    0x3513a3b7, 0x365a1a94, 0x370205ff, 0x37b24206, 0x38378034, 0x388aefb3, 0x38ba1f4b, 0x3923d70b, 0x398ce705,
+    0x39c7e283, 0x3a016f01, 0x3a1eecc1, 0x3a3c6a80, 0x3a59e83e, 0x3a7765ff, 0x3aa7ef9d, 0x3af1a9fc, 0x3b1db22d,
+    0x3b428f5c, 0x3b676c8a, 0x3b8624dd, 0x3b989374, 0x3bab020d, 0x3bbd70a4, 0x3bcfdf3b, 0x3be24dd3, 0x3bf4bc6a,
+    0x3c039581, 0x3c0ccccd, 0x3c160418, 0x3c1f3b64, 0x3c3ae148, 0x3c68f5c3, 0x3c8b851f, 0x3ca28f5d, 0x3cb9999a,
+    0x3cd0a3d7, 0x3ce7ae15, 0x3cfeb852, 0x3d0ae148, 0x3d166667, 0x3d21eb85, 0x3d2d70a3, 0x3d38f5c3, 0x3d447ae1,
+    0x3d500000, 0x3d5b851f, 0x3d670a3d, 0x3d728f5d, 0x3d7e147b, 0x3d84cccd, 0x3d8a8f5d, 0x3d9051eb, 0x3d96147b,
+    0x3d9bd70a, 0x3da1999a, 0x3da75c2a, 0x3dad1eb8, 0x3db2e148, 0x3db8a3d7, 0x3dbe6667, 0x3dc428f7, 0x3dc9eb85,
+    0x3ddb3334, 0x3df80000, 0x3e0a6666, 0x3e18cccd, 0x3e273333, 0x3e35999a, 0x3e440000, 0x3e526666, 0x3e60cccd,
+    0x3e6f3333, 0x3e7d9999, 0x3e860000, 0x3e8d3334, 0x3e946666, 0x3e9b999a, 0x3ea2cccc, 0x3eaa0000, 0x3eb13333,
+    0x3eb86666, 0x3ebf999a, 0x3ec6cccc, 0x3ece0000, 0x3ed53333, 0x3edc6666, 0x3ee3999a, 0x3eeacccc, 0x3ef20000,
+    0x3ef93332, 0x3f003333, 0x3f03cccc, 0x3f076666, 0x3f0b0000, 0x3f0e999a, 0x3f123334, 0x3f15cccd, 0x3f196666,
+    0x3f1d0000, 0x3f20999a, 0x3f243334, 0x3f27cccd, 0x3f2b6666, 0x3f2f0000, 0x3f32999a, 0x3f363334, 0x3f39cccd,
+    0x3f3d6666, 0x3f410000, 0x3f44999a, 0x3f483333, 0x3f4bcccd, 0x3f4f6666, 0x3f530000, 0x3f56999a, 0x3f5a3333,
+    0x3f5dcccd, 0x3f616666, 0x3f650000, 0x3f68999a, 0x3f6c3333, 0x3f6fcccd, 0x3f736666, 0x3f770000, 0x3f7a999a,
+    0x3f7e3333, 0x3f800000,
+};
+
+enum {
+    BNB__SPAN = 4096,  /* elements that a thread holds as f32: the largest blocksize, and half of a 32 KiB L1 */
+    BNB__CHUNK = 32768 /* elements of one bnb_parallel item, a multiple of every span: about 10 microseconds  */
+};
+
+/* One call of the functions below, as its threads see it. */
+typedef struct bnb__qjob {
+    void (*chunk)(struct bnb__qjob *job, int64_t i);
+    const bnb__vec *vec;
+    const bnb_tensor *src;
+    bnb_tensor *dst;
+    int32_t compat;
+    int64_t n, step;       /* things to do: elements, blocks or rows; how many make a chunk  */
+    float *absmax;         /* nf4, fp4: [nb]                                                 */
+    bnb__search4 search;
+    float bounds[256];     /* of the dynamic map                                             */
+    int64_t *bad;          /* check_finite: [chunks] place of the first bad number, or -1    */
+} bnb__qjob;
+
+/* Subnormals and rounding as IEEE has them, whatever the caller's thread is set to (programs linked with -ffast-math
+ * start with subnormals switched off). */
+static void bnb__qjob_item(void *arg, int64_t i) {
+    bnb__qjob *job = (bnb__qjob *)arg;
+    fenv_t saved;
+    int restore = fegetenv(&saved) == 0 && fesetenv(FE_DFL_ENV) == 0;
+    job->chunk(job, i);
+    if (restore) fesetenv(&saved);
+}
+
+static int64_t bnb__qjob_end(const bnb__qjob *job, int64_t i) {
+    return i * job->step + BNB__MIN(job->n - i * job->step, job->step);
+}
+
+/* Bits of the largest |a[i]| as each side sees it: CUDA ignores a NaN, on the CPU it becomes the maximum. */
+static uint32_t bnb__qjob_absmax(const bnb__qjob *job, const float *a, int64_t n) {
+    uint32_t top = job->vec->absmax(a, n);
+    if (top <= 0x7f800000) return top;
+    if (job->compat == BNB_COMPAT_CPU) return 0x7fc00000;
+    top = 0;
+    for (int64_t i = 0; i < n; i++) {
+        uint32_t u = bnb__bits(a[i]) & 0x7fffffff;
+        top = u > top && u <= 0x7f800000 ? u : top;
+    }
+    return top;
+}
+
+/* Blocks of a 4-bit tensor, a span of them at a time: first all scales, then all codes, so that the CPU can work on the
+ * divisions of several blocks at once. Spans start at even elements and whole blocks. */
+static void bnb__quantize4_chunk(bnb__qjob *job, int64_t i) {
+    const int64_t end = bnb__qjob_end(job, i), B = job->dst->quant.blocksize;
+    for (int64_t e = i * job->step, span; e < end; e += span) {
+        _Alignas(64) float a[BNB__SPAN];
+        float scale[BNB__SPAN / 32];
+        span = BNB__MIN(end - e, BNB__SPAN);
+        job->vec->load(job->src->type, job->src->plane[0], e, span, a);
+        for (int64_t b = 0; b * B < span; b++) {
+            int64_t n = BNB__MIN(span - b * B, B);
+            float absmax = bnb__float(bnb__qjob_absmax(job, a + b * B, n));
+            if (job->compat == BNB_COMPAT_CUDA) {
+                absmax = bnb__ftz(absmax);
+                scale[b] = bnb__rcp_cuda(absmax);
+            } else {
+                float clamped = absmax < 1e-38f ? 1e-38f : absmax;
+                scale[b] = 1.0f / clamped;
+                if (n < B) { /* the short block: its elements are divided here */
+                    for (int64_t k = b * B; k < span; k++) a[k] /= clamped;
+                    scale[b] = 1.0f;
+                    absmax = clamped;
+                }
+            }
+            job->absmax[e / B + b] = absmax;
+        }
+        if (span & 1) a[span] = 0.0f;
+        for (int64_t b = 0; b * B < span; b++) {
+            int64_t n = span - b * B < B ? span + (span & 1) - b * B : B;
+            job->vec->code4(&job->search, a + b * B, n, scale[b], (uint8_t *)job->dst->plane[0] + (e + b * B) / 2);
+        }
+    }
+}
+
+/* What all nested blocks share: the map and its midpoints, then a NaN, which equals nothing; the mean of absmax [nb].
+ * PyTorch sums in an order of its own; this is the exact mean, within 2 ulp of its and the same on every machine. */
+static void bnb__nested_start(bnb__qjob *job, int64_t i) {
+    const int64_t nb = bnb__blocks(job->dst);
+    float map[256] = {0};
+    double sum = 0;
+    for (i = 0; i < 128; i++) map[128 + i] = bnb__float(bnb__dynamic_bits[i]);
+    for (i = 0; i < 127; i++) map[i] = -map[254 - i];
+    for (i = 0; i < 255; i++) job->bounds[i] = bnb__rounded(map[i] + map[i + 1]) * 0.5f;
+    job->bounds[255] = NAN;
+    memcpy(job->dst->plane[3], map, sizeof map);
+    for (i = 0; i < nb; i++) sum += job->absmax[i];
+    job->dst->quant.nested_offset = nb ? (float)(sum / (double)nb) : 0.0f;
+}
+
+/* Blocks of nested statistics: absmax [nb] -> planes 1 and 2. */
+static void bnb__nested_chunk(bnb__qjob *job, int64_t i) {
+    const int64_t first = i * 256, m = BNB__MIN(job->n - first, 256);
+    const int cuda = job->compat == BNB_COMPAT_CUDA;
+    uint8_t *codes = (uint8_t *)job->dst->plane[1] + first;
+    float d[256], absmax = 0, scale;
+    for (int64_t k = 0; k < m; k++) {
+        d[k] = job->absmax[first + k] - job->dst->quant.nested_offset;
+        if (cuda) d[k] = bnb__ftz(d[k]);
+        absmax = fabsf(d[k]) > absmax ? fabsf(d[k]) : absmax; /* both sides ignore NaN */
+    }
+    scale = cuda ? bnb__rcp_cuda(absmax) : 1.0f / absmax;
+    memcpy((uint8_t *)job->dst->plane[2] + i * 4, &absmax, 4);
+    for (int64_t k = 0; k < m; k++) {
+        float x = bnb__rounded(d[k] * scale);
+        int32_t c;
+        if (cuda) {
+            c = bnb__count_below(job->bounds, 255, x); /* a subnormal x needs no flush: no bound lies beside 0 */
+            c += c & (x == job->bounds[c]); /* an exact midpoint goes to the even code */
+        } else if (x != x) { /* all of a block of zeros: 0 * inf */
+            c = 0;
+        } else {
+            /* The steps of the table have the centres -1 + 2j / 65535. j: a fused multiply-add in f32, which double
+             * holds exactly before its one rounding (25 + 16 bits). */
+            float y = bnb__rounded((x < -1 ? -1 : x > 1 ? 1 : x) + 1.0f) * 0.5f;
+            float j = (float)((int32_t)(float)((double)y * 65535.0 + 0.5) & 0xffff);
+            float centre = bnb__rounded(2.0f * j) / 65535.0f;
+            c = bnb__count_below(job->bounds, 255, bnb__rounded(centre) - 1.0f);
+        }
+        codes[k] = (uint8_t)c;
+    }
+}
+
+/* Rows of an int8 tensor. Weights go through f16 first, as bitsandbytes casts them. */
+static void bnb__quantize8_chunk(bnb__qjob *job, int64_t i) {
+    const int64_t end = bnb__qjob_end(job, i), cols = job->dst->shape[1];
+    const bnb_tensor *src = job->src;
+    for (int64_t row = i * job->step; row < end; row++) {
+        _Alignas(64) float a[BNB__SPAN];
+        uint16_t h[BNB__SPAN];
+        uint32_t top = 0, u;
+        float scb = 0, scale = 0;
+        for (int32_t pass = 0; pass < 2; pass++) { /* the maximum, then the codes */
+            for (int64_t k = 0, m; k < cols; k += m) {
+                m = BNB__MIN(cols - k, BNB__SPAN);
+                if (pass == 0 || cols > BNB__SPAN) {
+                    job->vec->load(src->type, src->plane[0], row * cols + k, m, a);
+                    if (src->type != BNB_F16) {
+                        job->vec->store(BNB_F16, a, m, h, 0);
+                        job->vec->load(BNB_F16, h, 0, m, a);
+                    }
+                }
+                if (pass == 1) {
+                    job->vec->code8(a, m, scale, (int8_t *)job->dst->plane[0] + row * cols + k);
+                    continue;
+                }
+                u = bnb__qjob_absmax(job, a, m);
+                top = BNB__MAX(u, top);
+            }
+            if (pass) break;
+            scb = bnb__float(top);
+            scale = job->compat == BNB_COMPAT_CUDA ? 127.0f * bnb__rcp_cuda(scb) : 127.0f * bnb__rounded(1.0f / scb);
+        }
+        memcpy((uint8_t *)job->dst->plane[1] + row * 4, &scb, 4);
+    }
+}
+
+static void bnb__dequantize_chunk(bnb__qjob *job, int64_t i) {
+    const int64_t end = bnb__qjob_end(job, i);
+    for (int64_t e = i * job->step, m; e < end; e += m) {
+        _Alignas(64) float a[BNB__SPAN];
+        m = BNB__MIN(end - e, BNB__SPAN);
+        if (bnb_type_is_quantized(job->src->type)) bnb__dequant_span(job->vec, job->src, e, m, a);
+        else job->vec->load(job->src->type, job->src->plane[0], e, m, a);
+        job->vec->store(job->dst->type, a, m, job->dst->plane[0], e);
+    }
+}
+
+/* Reports the first NaN or infinity among the scales (quantized) or the data of job->src. */
+static void bnb__finite_chunk(bnb__qjob *job, int64_t i) {
+    const int64_t end = bnb__qjob_end(job, i);
+    const bnb_tensor *t = job->src;
+    for (int64_t e = i * job->step, m; e < end; e += m) {
+        _Alignas(64) float a[BNB__SPAN];
+        m = BNB__MIN(end - e, BNB__SPAN);
+        if (t->type == BNB_INT8) job->vec->load(BNB_F32, t->plane[1], e, m, a);
+        else if (!bnb_type_is_quantized(t->type)) job->vec->load(t->type, t->plane[0], e, m, a);
+        else for (int64_t k = 0; k < m; k++) a[k] = bnb__scale_of(t, e + k);
+        if (job->vec->absmax(a, m) < 0x7f800000) continue;
+        for (int64_t k = 0; k < m; k++) {
+            if (isfinite(a[k])) continue;
+            job->bad[i] = e + k;
+            return;
+        }
+    }
+}
+
+static void bnb__qjob_run(bnb_env *env, bnb__qjob *job, void (*chunk)(bnb__qjob *, int64_t), int64_t n, int64_t step) {
+    job->chunk = chunk;
+    job->n = n;
+    job->step = step;
+    job->vec = bnb__vec_for(bnb_env_cpu(env));
+    bnb_parallel(env, n / step + (n % step != 0), bnb__qjob_item, job);
+}
+
+/* All planes of t can be read and written here, one after the other in memory. */
+static bnb_status bnb__quant_ready(const bnb_tensor *t, const char *verb, bnb_error *err) {
+    int64_t bytes = bnb_type_bits(t->type) / 8;
+    if (t->state != BNB_RESIDENT || !bnb__on_host(t)) {
+        return bnb_fail(err, BNB_E_ARG, "%s: tensor '%s' has no memory on the host", verb, t->name);
+    }
+    for (int32_t i = t->n_dims - 1; i >= 0 && !bnb_type_is_quantized(t->type); bytes *= t->shape[i], i--) {
+        if (t->shape[i] > 1 && t->stride[i] != bytes) {
+            return bnb_fail(err, BNB_E_SHAPE, "%s: tensor '%s' is a view with gaps", verb, t->name);
+        }
+    }
+    for (int32_t i = 0; i < BNB_MAX_PLANES; i++) {
+        uint64_t need = bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, i);
+        if (need == UINT64_MAX) {
+            return bnb_fail(err, BNB_E_ARG, "%s: tensor '%s' has a %s description that is not valid", verb, t->name,
+                            bnb_type_name(t->type));
+        }
+        if (need && !t->plane[i]) {
+            return bnb_fail(err, BNB_E_ARG, "%s: plane %d of tensor '%s' has no memory", verb, (int)i, t->name);
+        }
+    }
+    return BNB_OK;
+}
+
+/* What bnb_quantize and bnb_dequantize ask of their arguments. */
+static bnb_status bnb__quant_check(const bnb_env *env, const bnb_tensor *src, const bnb_tensor *dst,
+                                   int32_t to_quantized, const char *verb, bnb_error *err) {
+    bnb_status status;
+    if (!env || !src || !dst) return bnb_fail(err, BNB_E_ARG, "%s: env, src and dst must not be NULL", verb);
+    if (!bnb__type_is_float(src->type) && (to_quantized || !bnb_type_is_quantized(src->type))) {
+        return bnb_fail(err, BNB_E_TYPE, "%s: tensor '%s' is %s; the source must be f32, f16%s", verb, src->name,
+                        bnb_type_name(src->type), to_quantized ? " or bf16" : ", bf16, int8, nf4 or fp4");
+    }
+    if (to_quantized ? !bnb_type_is_quantized(dst->type) : !bnb__type_is_float(dst->type)) {
+        return bnb_fail(err, BNB_E_TYPE, "%s: tensor '%s' is %s; the result must be %s", verb, dst->name,
+                        bnb_type_name(dst->type), to_quantized ? "int8, nf4 or fp4" : "f32, f16 or bf16");
+    }
+    if (bnb_tensor_elements(src) != bnb_tensor_elements(dst)) {
+        return bnb_fail(err, BNB_E_SHAPE, "%s: tensor '%s' has %lld elements and '%s' has %lld", verb, src->name,
+                        (long long)bnb_tensor_elements(src), dst->name, (long long)bnb_tensor_elements(dst));
+    }
+    status = bnb__quant_ready(src, verb, err);
+    return status == BNB_OK ? bnb__quant_ready(dst, verb, err) : status;
+}
+
+bnb_status bnb_convert(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n, bnb_error *err) {
+    float a[1024];
+    if (!bnb__type_is_float(src_type) || !bnb__type_is_float(dst_type)) {
+        const char *from = bnb_type_name(src_type), *to = bnb_type_name(dst_type);
+        return bnb_fail(err, BNB_E_TYPE, "convert: %s to %s; both must be f32, f16 or bf16",
+                        from ? from : "an unknown type", to ? to : "an unknown type");
+    }
+    if (n < 0 || (n > 0 && (!src || !dst))) {
+        return bnb_fail(err, BNB_E_ARG, "convert: %lld elements, or src or dst is NULL", (long long)n);
+    }
+    if (src_type == dst_type && n > 0) memmove(dst, src, (size_t)n * (size_t)(bnb_type_bits(src_type) / 8));
+    for (int64_t i = 0, m; i < n && src_type != dst_type; i += m) {
+        m = BNB__MIN(n - i, 1024);
+        bnb__load_f32(src_type, src, i, m, a);
+        bnb__store_f32(dst_type, a, m, dst, i);
+    }
+    return BNB_OK;
+}
+
+bnb_status bnb_quantize(bnb_env *env, const bnb_tensor *src, bnb_tensor *dst, int32_t compat, bnb_error *err) {
+    bnb__qjob job = {0};
+    int64_t nb;
+    bnb_status status = bnb__quant_check(env, src, dst, 1, "quantize", err);
+    if (status != BNB_OK) return status;
+    if (compat != BNB_COMPAT_CUDA && compat != BNB_COMPAT_CPU) {
+        return bnb_fail(err, BNB_E_ARG, "quantize: tensor '%s': compat is %d, not BNB_COMPAT_CUDA or BNB_COMPAT_CPU",
+                        dst->name, (int)compat);
+    }
+    job.src = src;
+    job.dst = dst;
+    job.compat = compat;
+    dst->quant.dtype = src->type;
+    dst->quant.nested_offset = 0;
+    if (dst->type == BNB_INT8) {
+        int64_t cols = BNB__MAX(dst->shape[1], 1);
+        bnb__qjob_run(env, &job, bnb__quantize8_chunk, dst->shape[0], BNB__MAX(BNB__CHUNK / cols, 1));
+        return BNB_OK;
+    }
+    nb = bnb__blocks(dst);
+    job.absmax = (float *)dst->plane[1];
+    if (dst->quant.double_quant && nb > 0) {
+        job.absmax = (float *)bnb_alloc(env, (size_t)nb * 4, err);
+        if (!job.absmax) return BNB_E_NOMEM;
+    } else if ((uintptr_t)job.absmax % 4) {
+        return bnb_fail(err, BNB_E_ARG, "quantize: the absmax of tensor '%s' is not at a multiple of 4", dst->name);
+    }
+    bnb__search4_init(&job.search, &bnb__rules4[compat][dst->type == BNB_FP4]);
+    bnb__qjob_run(env, &job, bnb__quantize4_chunk, bnb_tensor_elements(src), BNB__CHUNK);
+    if (!dst->quant.double_quant) return BNB_OK;
+    bnb__qjob_run(env, &job, bnb__nested_start, 1, 1);
+    bnb__qjob_run(env, &job, bnb__nested_chunk, nb, 256);
+    if (nb > 0) bnb_free(env, job.absmax, (size_t)nb * 4);
+    return BNB_OK;
+}
+
+bnb_status bnb_dequantize(bnb_env *env, const bnb_tensor *src, bnb_tensor *dst, bnb_error *err) {
+    bnb__qjob job = {0};
+    bnb_status status = bnb__quant_check(env, src, dst, 0, "dequantize", err);
+    if (status != BNB_OK) return status;
+    job.src = src;
+    job.dst = dst;
+    bnb__qjob_run(env, &job, bnb__dequantize_chunk, bnb_tensor_elements(src), BNB__CHUNK);
+    return BNB_OK;
+}
+
+bnb_status bnb_tensor_check_finite(bnb_env *env, const bnb_tensor *t, bnb_error *err) {
+    enum { CHUNKS = 256 };
+    int64_t bad[CHUNKS], n;
+    bnb__qjob job = {0};
+    const char *what = "element";
+    bnb_status status;
+    if (!env || !t) return bnb_fail(err, BNB_E_ARG, "check_finite: env and tensor must not be NULL");
+    if (!bnb__type_is_float(t->type) && !bnb_type_is_quantized(t->type)) return BNB_OK;
+    status = bnb__quant_ready(t, "check_finite", err);
+    if (status != BNB_OK) return status;
+    job.src = t;
+    job.bad = bad;
+    n = bnb_tensor_elements(t);
+    if (t->type == BNB_INT8) {
+        what = "SCB of row";
+        n = t->shape[0];
+    } else if (bnb_type_is_quantized(t->type)) {
+        what = "absmax of block";
+        n = bnb__blocks(t);
+    }
+    for (int32_t i = 0; i < CHUNKS; i++) bad[i] = -1;
+    bnb__qjob_run(env, &job, bnb__finite_chunk, n, BNB__MAX(n / CHUNKS + 1, BNB__CHUNK));
+    for (int32_t i = 0; i < CHUNKS; i++) {
+        float x;
+        if (bad[i] < 0) continue;
+        if (t->type == BNB_INT8) bnb__load_f32(BNB_F32, t->plane[1], bad[i], 1, &x);
+        else if (bnb_type_is_quantized(t->type)) x = bnb__scale_of(t, bad[i]);
+        else bnb__load_f32(t->type, t->plane[0], bad[i], 1, &x);
+        return bnb_fail(err, BNB_E_NUMERIC, "tensor '%s': %s %lld is %s", t->name, what, (long long)bad[i],
+                        x != x ? "NaN" : "infinite");
+    }
+    return BNB_OK;
+}
+
+/* ==== [TENSOR] ==================================================================================================
+ * A ctx is a bump arena of metadata plus the buffers that bnb_ctx_alloc made. Building code is written like algebra:
+ * the first failure sticks to the ctx, later calls return NULL, and bnb_graph_create reports it. */
+
+typedef struct bnb__block {
+    struct bnb__block *next;
+    size_t size, used;
+} bnb__block;
+
+typedef struct bnb__buffer {
+    struct bnb__buffer *next;
+    bnb_backend *backend;
+    void *ptr;
+    uint64_t bytes;
+} bnb__buffer;
+
+struct bnb_ctx {
+    bnb__owned owned;
+    bnb__block *blocks;
+    bnb__buffer *buffers;
+    bnb_tensor **tensors; /* [n_tensors]: all but views, in order of creation */
+    int32_t n_tensors, cap_tensors;
+    uint64_t bytes;
+    bnb_error error; /* the first failure of graph building */
+};
+
+static void bnb__ctx_destroy(bnb__owned *o) {
+    bnb_ctx *c = (bnb_ctx *)o;
+    bnb_env *env = o->env;
+    for (bnb__buffer *b = c->buffers; b; b = b->next) b->backend->api->free(b->backend->dev, b->ptr, b->bytes);
+    bnb_free(env, c->tensors, (size_t)c->cap_tensors * sizeof *c->tensors);
+    for (bnb__block *b = c->blocks, *next; b; b = next) {
+        next = b->next;
+        bnb_free(env, b, b->size);
+    }
+    bnb_free(env, c, sizeof *c);
+}
+
+bnb_ctx *bnb_ctx_create(bnb_env *env, bnb_error *err) { return bnb__own(env, sizeof(bnb_ctx), bnb__ctx_destroy, err); }
+void bnb_ctx_free(bnb_ctx *ctx) { if (ctx) bnb__disown(&ctx->owned); }
+uint64_t bnb_ctx_bytes(const bnb_ctx *ctx) { return ctx->bytes; }
+
+bnb_status bnb_ctx_status(const bnb_ctx *ctx, bnb_error *err) {
+    if (ctx->error.code && err) *err = ctx->error;
+    return ctx->error.code;
+}
+
+/* Zeroed; lives as long as the ctx. */
+static void *bnb__ctx_take(bnb_ctx *c, size_t bytes) {
+    enum { BLOCK = 64 * 1024 };
+    bytes = bnb__align_up(bytes, 16);
+    bnb__block *b = c->blocks;
+    if (!b || b->size - b->used < bytes) {
+        size_t header = bnb__align_up(sizeof *b, 16), size = BNB__MAX(header + bytes, (size_t)BLOCK);
+        bnb_error *err = c->error.code ? NULL : &c->error;
+        if (!(b = bnb_alloc(c->owned.env, size, err))) return NULL;
+        *b = (bnb__block){c->blocks, size, header};
+        c->blocks = b;
+        c->bytes += size;
+    }
+    void *p = (char *)b + b->used;
+    b->used += bytes;
+    return p;
+}
+
+/* NULL, after keeping the ctx's first error */
+#define BNB__CTX_FAIL(c, status, ...) ((c)->error.code ? 0 : bnb_fail(&(c)->error, status, __VA_ARGS__), (bnb_tensor *)NULL)
+
+static void bnb__shape_text(const bnb_tensor *t, char out[96]) {
+    int n = snprintf(out, 96, "%s [", bnb_type_name(t->type));
+    for (int32_t i = 0; i < t->n_dims; i++)
+        n += snprintf(out + n, (size_t)(96 - n), i ? ", %lld" : "%lld", (long long)t->shape[i]);
+    snprintf(out + n, (size_t)(96 - n), "]");
+}
+
+static bnb_tensor *bnb__tensor_alloc(bnb_ctx *c) {
+    if (c->n_tensors == c->cap_tensors) {
+        int32_t cap = c->cap_tensors ? 2 * c->cap_tensors : 64;
+        bnb_tensor **list = bnb_alloc(c->owned.env, (size_t)cap * sizeof *list, c->error.code ? NULL : &c->error);
+        if (!list) return NULL;
+        if (c->n_tensors) memcpy(list, c->tensors, (size_t)c->n_tensors * sizeof *list);
+        bnb_free(c->owned.env, c->tensors, (size_t)c->cap_tensors * sizeof *list);
+        c->tensors = list;
+        c->cap_tensors = cap;
+    }
+    bnb_tensor *t = bnb__ctx_take(c, sizeof *t);
+    if (!t) return NULL;
+    t->ctx = c;
+    return c->tensors[c->n_tensors++] = t;
+}
+
+static void bnb__set_strides(bnb_tensor *t) {
+    int64_t stride = bnb_type_is_quantized(t->type) ? 0 : bnb_type_bits(t->type) / 8;
+    for (int32_t i = BNB_MAX_DIMS; i-- > 0; stride *= t->shape[i]) t->stride[i] = stride;
+}
+
+static bnb_tensor *bnb__leaf(bnb_ctx *c, int32_t type, const bnb_quant *quant, int32_t n_dims, const int64_t *shape,
+                             const char *name, int32_t flags) {
+    if (!c || c->error.code) return NULL;
+    name = name ? name : "";
+    if (strlen(name) >= BNB_MAX_NAME)
+        return BNB__CTX_FAIL(c, BNB_E_LIMIT, "the tensor name '%.60s...' is longer than %d bytes", name, BNB_MAX_NAME - 1);
+    if (!bnb_type_name(type)) return BNB__CTX_FAIL(c, BNB_E_TYPE, "tensor '%s': there is no type %d", name, (int)type);
+    if (n_dims < 1 || n_dims > BNB_MAX_DIMS)
+        return BNB__CTX_FAIL(c, BNB_E_LIMIT, "tensor '%s': %d dimensions, not 1 to %d", name, (int)n_dims, BNB_MAX_DIMS);
+    bnb_quant q = quant ? *quant : bnb_quant_default(type);
+    if (!bnb__quant_valid(type, &q))
+        return BNB__CTX_FAIL(c, BNB_E_ARG, "tensor '%s': blocksize %d (double_quant %d, nested blocksize %d) is not offered for %s",
+                             name, (int)q.blocksize, (int)q.double_quant, (int)q.nested_blocksize, bnb_type_name(type));
+    for (int32_t i = 0; i < BNB_MAX_PLANES; i++)
+        if (bnb_plane_bytes(type, &q, n_dims, shape, i) > (uint64_t)INT64_MAX)
+            return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': its dimensions are negative or overflow", name);
+    if (type == BNB_INT8 && n_dims != 2)
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': int8 needs 2 dimensions, not %d", name, (int)n_dims);
+    bnb_tensor *t = bnb__tensor_alloc(c);
+    if (!t) return NULL;
+    t->type = type;
+    t->n_dims = n_dims;
+    t->quant = q;
+    t->flags = flags;
+    for (int32_t i = 0; i < BNB_MAX_DIMS; i++) t->shape[i] = i < n_dims ? shape[i] : 1;
+    bnb__set_strides(t);
+    memcpy(t->name, name, strlen(name) + 1);
+    return t;
+}
+
+bnb_tensor *bnb_tensor_new(bnb_ctx *ctx, int32_t type, const bnb_quant *quant, int32_t n_dims, const int64_t *shape,
+                           const char *name) {
+    return bnb__leaf(ctx, type, quant, n_dims, shape, name, 0);
+}
+
+bnb_tensor *bnb_input(bnb_ctx *ctx, int32_t type, int32_t n_dims, const int64_t *shape, const char *name) {
+    if (ctx && bnb_type_is_quantized(type))
+        return BNB__CTX_FAIL(ctx, BNB_E_TYPE, "input '%s': inputs are plain, not %s", name ? name : "", bnb_type_name(type));
+    return bnb__leaf(ctx, type, NULL, n_dims, shape, name, BNB_FLAG_INPUT);
+}
+
+static uint64_t bnb__plane_size(const bnb_tensor *t, int32_t plane) {
+    return bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, plane);
+}
+
+bnb_status bnb_ctx_alloc(bnb_ctx *c, bnb_backend *backend, bnb_error *err) {
+    enum { PLANE_ALIGN = 256 };
+    if (bnb_ctx_status(c, err)) return c->error.code;
+    uint64_t total = 0;
+    for (int pass = 0; pass < 2; pass++) { /* measure, then place */
+        char *base = NULL;
+        if (pass) {
+            bnb__buffer *b = bnb__ctx_take(c, sizeof *b);
+            if (!b) return bnb_fail(err, BNB_E_NOMEM, "%s", c->error.msg);
+            base = backend->api->alloc(backend->dev, total, err);
+            if (!base) return BNB_E_NOMEM;
+            *b = (bnb__buffer){c->buffers, backend, base, total};
+            c->buffers = b;
+        }
+        uint64_t at = 0;
+        for (int32_t i = 0; i < c->n_tensors; i++) {
+            bnb_tensor *t = c->tensors[i];
+            if (t->state != BNB_META || t->op != BNB_OP_NONE || (t->flags & BNB_FLAG_INPUT)) continue;
+            for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+                uint64_t bytes = bnb__plane_size(t, p);
+                if (bytes > (uint64_t)INT64_MAX - at - PLANE_ALIGN)
+                    return bnb_fail(err, BNB_E_NOMEM, "tensor '%s': the tensors of this ctx overflow 64 bits", t->name);
+                if (pass && bytes) t->plane[p] = base + at;
+                at += bnb__align_up(bytes, PLANE_ALIGN);
+            }
+            if (pass) {
+                if (!t->plane[0]) t->plane[0] = base; /* an empty tensor still has an address */
+                t->backend = backend;
+                t->state = BNB_RESIDENT;
+            }
+        }
+        total = BNB__MAX(at, 1); /* empty tensors need an address, too */
+    }
+    return BNB_OK;
+}
+
+bnb_status bnb_tensor_bind(bnb_tensor *t, void *const *planes, bnb_error *err) {
+    if (t->op != BNB_OP_NONE || (t->flags & BNB_FLAG_INPUT))
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s': only weights and caches can be bound to memory", t->name);
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+        if (bnb__plane_size(t, p) && !planes[p])
+            return bnb_fail(err, BNB_E_ARG, "tensor '%s': plane %d is missing", t->name, (int)p);
+        t->plane[p] = planes[p];
+    }
+    t->backend = NULL;
+    t->state = BNB_RESIDENT;
+    return BNB_OK;
+}
+
+static bnb_status bnb__check_range(const bnb_tensor *t, uint64_t offset, uint64_t n, const char *verb, bnb_error *err) {
+    if (t->state != BNB_RESIDENT)
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s' cannot be %s: it has no memory yet", t->name, verb);
+    if (t->view && t->n_dims == 2 && t->stride[0] != t->shape[1] * t->stride[1])
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s' cannot be %s: it is some columns of another", t->name, verb);
+    uint64_t bytes = bnb__plane_size(t, 0);
+    if (offset > bytes || n > bytes - offset)
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s': bytes %llu to %llu do not lie in its %llu", t->name,
+                        (unsigned long long)offset, (unsigned long long)(offset + n), (unsigned long long)bytes);
+    return BNB_OK;
+}
+
+bnb_status bnb_tensor_write(bnb_tensor *t, uint64_t offset, const void *src, uint64_t n, bnb_error *err) {
+    bnb_status s = bnb__check_range(t, offset, n, "written", err);
+    if (s || !n) return s;
+    char *dst = (char *)t->plane[0] + offset;
+    if (t->backend) return t->backend->api->write(t->backend->dev, dst, src, n, err);
+    memcpy(dst, src, n);
+    return BNB_OK;
+}
+
+bnb_status bnb_tensor_read(const bnb_tensor *t, uint64_t offset, void *dst, uint64_t n, bnb_error *err) {
+    bnb_status s = bnb__check_range(t, offset, n, "read", err);
+    if (s || !n) return s;
+    const char *src = (const char *)t->plane[0] + offset;
+    if (t->backend) return t->backend->api->read(t->backend->dev, dst, src, n, err);
+    memcpy(dst, src, n);
+    return BNB_OK;
+}
+
+const char *bnb_tensor_name(const bnb_tensor *t) { return t->name; }
+int32_t bnb_tensor_type(const bnb_tensor *t) { return t->type; }
+const bnb_quant *bnb_tensor_quant(const bnb_tensor *t) { return &t->quant; }
+int32_t bnb_tensor_n_dims(const bnb_tensor *t) { return t->n_dims; }
+const int64_t *bnb_tensor_shape(const bnb_tensor *t) { return t->shape; }
+int32_t bnb_tensor_state(const bnb_tensor *t) { return t->state; }
+
+void *bnb_tensor_plane(const bnb_tensor *t, int32_t plane) {
+    return plane < 0 || plane >= BNB_MAX_PLANES || t->state != BNB_RESIDENT ? NULL : t->plane[plane];
+}
+
+int64_t bnb_tensor_elements(const bnb_tensor *t) {
+    int64_t n = 1; /* cannot overflow: bnb__leaf checked the bytes */
+    for (int32_t i = 0; i < t->n_dims; i++) n *= t->shape[i];
+    return n;
+}
+
+uint64_t bnb_tensor_bytes(const bnb_tensor *t) {
+    uint64_t n = 0;
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) n += bnb__plane_size(t, p);
+    return n;
+}
+
+uint64_t bnb_tensor_footprint(const bnb_tensor *t) { return bnb__plane_size(t, 0); }
+
+/* ==== [OP] ======================================================================================================
+ * A card is an op's row in bnb__ops (inputs, flags, shape rule) and its constructor. Kernels refer to ops by id. */
+
+enum {
+    BNB__VIEW = 1,    /* no kernel: the result is memory of src[0]                       */
+    BNB__INPLACE = 2, /* may write over src[0] when nothing else needs it any more       */
+    BNB__WRITES = 4   /* the result is src[0], a cache, after writing to it              */
+};
+
+typedef struct bnb__op_card {
+    const char *name;
+    int32_t n_in; /* inputs that must be there */
+    int32_t flags;
+    const char *(*shape)(bnb_tensor *y); /* fills type and shape from src and params; NULL or what is wrong */
+} bnb__op_card;
+
+static int bnb__is_float(const bnb_tensor *t) { return t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16; }
+static int bnb__is_rows(const bnb_tensor *t) { return t->type == BNB_F32 && t->n_dims == 2; }
+
+static const char *bnb__result(bnb_tensor *y, int64_t rows, int64_t columns) {
+    y->type = BNB_F32;
+    y->n_dims = 2;
+    y->shape[0] = rows;
+    y->shape[1] = columns;
+    y->shape[2] = y->shape[3] = 1;
+    bnb__set_strides(y);
+    return NULL;
+}
+
+static const char *bnb__shape_same(bnb_tensor *y) {
+    const bnb_tensor *x = y->src[0];
+    if (!bnb__is_rows(x)) return "the input must be f32 [T, C]";
+    return bnb__result(y, x->shape[0], x->shape[1]);
+}
+
+static const char *bnb__shape_embed(bnb_tensor *y) {
+    const bnb_tensor *table = y->src[0], *ids = y->src[1];
+    if (!bnb__is_float(table) || table->n_dims != 2) return "the table must be f32, f16 or bf16 [V, C]";
+    if (ids->type != BNB_I32 || ids->n_dims != 1) return "the ids must be i32 [T]";
+    return bnb__result(y, ids->shape[0], table->shape[1]);
+}
+
+static int bnb__is_vector(const bnb_tensor *t, int64_t n) { return bnb__is_float(t) && t->n_dims == 1 && t->shape[0] == n; }
+
+static const char *bnb__shape_linear(bnb_tensor *y) {
+    const bnb_tensor *x = y->src[0], *w = y->src[1], *bias = y->src[2];
+    if (!bnb__is_rows(x)) return "x must be f32 [T, K]";
+    if (w->n_dims != 2 || !(bnb__is_float(w) || bnb_type_is_quantized(w->type))) return "the weight must be [N, K] of a type that can be multiplied";
+    if (w->shape[1] != x->shape[1]) return "the weight's K is not x's";
+    if (bias && !bnb__is_vector(bias, w->shape[0])) return "the bias must be f32, f16 or bf16 [N]";
+    return bnb__result(y, x->shape[0], w->shape[0]);
+}
+
+static const char *bnb__shape_norm(bnb_tensor *y) {
+    const bnb_tensor *x = y->src[0];
+    for (int32_t i = 1; i <= 2; i++)
+        if (y->src[i] && !bnb__is_vector(y->src[i], x->shape[1])) return "weight and bias must be f32, f16 or bf16 [C]";
+    return bnb__shape_same(y);
+}
+
+static const char *bnb__shape_pair(bnb_tensor *y) {
+    const bnb_tensor *a = y->src[0], *b = y->src[1];
+    int same = bnb__is_rows(b) && b->shape[0] == a->shape[0] && b->shape[1] == a->shape[1];
+    if (!same && !bnb__is_vector(b, a->shape[1])) return "b must have the shape of a, or be one row [C]";
+    return bnb__shape_same(y);
+}
+
+static const char *bnb__shape_set_rows(bnb_tensor *y) {
+    const bnb_tensor *cache = y->src[0], *x = y->src[1], *rows = y->src[2];
+    if ((cache->type != BNB_F32 && cache->type != BNB_F16) || cache->n_dims != 2) return "the cache must be f32 or f16 [R, C]";
+    if (cache->op != BNB_OP_NONE || (cache->flags & BNB_FLAG_INPUT)) return "the cache must be a tensor made by bnb_tensor_new";
+    if (!bnb__is_rows(x) || x->shape[1] != cache->shape[1]) return "x must be f32 [T, C] with the cache's C";
+    if (rows->type != BNB_I32 || rows->n_dims != 1 || rows->shape[0] != x->shape[0]) return "rows must be i32 [T]";
+    y->type = cache->type;
+    y->n_dims = 2;
+    memcpy(y->shape, cache->shape, sizeof y->shape);
+    bnb__set_strides(y);
+    return NULL;
+}
+
+static const char *bnb__shape_attention(bnb_tensor *y) {
+    const bnb_tensor *q = y->src[0], *k = y->src[1], *v = y->src[2], *span = y->src[3];
+    int32_t heads = y->params.attention.n_head, kv = y->params.attention.n_head_kv;
+    if (heads < 1 || kv < 1 || heads % kv) return "the number of heads must be a multiple of the number of key heads";
+    if (!bnb__is_rows(q) || q->shape[1] % heads) return "q must be f32 [T, n_head * D]";
+    int64_t width = q->shape[1] / heads * kv;
+    if ((k->type != BNB_F32 && k->type != BNB_F16) || k->n_dims != 2 || k->shape[1] != width) return "k must be f32 or f16 [R, n_head_kv * D]";
+    if (v->type != k->type || v->n_dims != 2 || v->shape[0] != k->shape[0] || v->shape[1] != width) return "v must be like k";
+    if (span->type != BNB_I32 || span->n_dims != 2 || span->shape[0] != q->shape[0] || span->shape[1] != 2) return "span must be i32 [T, 2]";
+    return bnb__result(y, q->shape[0], q->shape[1]);
+}
+
+/* bnb_columns has checked the range: it knows `first`, which stands in view_offset. */
+static const char *bnb__shape_columns(bnb_tensor *y) {
+    (void)y;
+    return NULL;
+}
+
+static const bnb__op_card bnb__ops[BNB_OP_COUNT] = {
+    [BNB_OP_NONE] = {"none", 0, 0, NULL},
+    [BNB_OP_EMBED] = {"embed", 2, 0, bnb__shape_embed},
+    [BNB_OP_LINEAR] = {"linear", 2, 0, bnb__shape_linear},
+    [BNB_OP_LAYER_NORM] = {"layer_norm", 1, BNB__INPLACE, bnb__shape_norm},
+    [BNB_OP_RMS_NORM] = {"rms_norm", 1, BNB__INPLACE, bnb__shape_norm},
+    [BNB_OP_ADD] = {"add", 2, BNB__INPLACE, bnb__shape_pair},
+    [BNB_OP_MUL] = {"mul", 2, BNB__INPLACE, bnb__shape_pair},
+    [BNB_OP_SCALE] = {"scale", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_GELU] = {"gelu", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_GELU_TANH] = {"gelu_tanh", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_RELU] = {"relu", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_SILU] = {"silu", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_SOFTMAX] = {"softmax", 1, BNB__INPLACE, bnb__shape_same},
+    [BNB_OP_SET_ROWS] = {"set_rows", 3, BNB__WRITES, bnb__shape_set_rows},
+    [BNB_OP_ATTENTION] = {"attention", 4, 0, bnb__shape_attention},
+    [BNB_OP_COLUMNS] = {"columns", 1, BNB__VIEW, bnb__shape_columns},
+};
+
+const char *bnb_op_name(int32_t op) { return op < 0 || op >= BNB_OP_COUNT ? NULL : bnb__ops[op].name; }
+
+/* The common constructor: checks inputs, applies the shape rule, names the node after what it works on. */
+static bnb_tensor *bnb__node(bnb_ctx *c, int32_t op, bnb_params params, bnb_tensor *a, bnb_tensor *b, bnb_tensor *d,
+                             bnb_tensor *e) {
+    const bnb__op_card *card = &bnb__ops[op];
+    if (!c || c->error.code) return NULL;
+    bnb_tensor *in[4] = {a, b, d, e};
+    for (int32_t i = 0; i < card->n_in; i++)
+        if (!in[i]) return BNB__CTX_FAIL(c, BNB_E_ARG, "%s: input %d is missing", card->name, (int)i);
+    bnb_tensor *y = bnb__tensor_alloc(c);
+    if (!y) return NULL;
+    y->op = op;
+    y->params = params;
+    memcpy(y->src, in, sizeof in);
+    const char *what = op == BNB_OP_LINEAR || op == BNB_OP_EMBED ? in[op == BNB_OP_LINEAR]->name : a->name;
+    snprintf(y->name, sizeof y->name, "%s(%.80s)", card->name, what);
+    const char *wrong = card->shape(y);
+    if (wrong) {
+        char shapes[4][96] = {"", "", "", ""};
+        for (int32_t i = 0; i < 4; i++)
+            if (in[i]) bnb__shape_text(in[i], shapes[i]);
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "%s: %s, but the inputs are %s %s %s %s", y->name, wrong, shapes[0], shapes[1],
+                             shapes[2], shapes[3]);
+    }
+    if (card->flags & (BNB__VIEW | BNB__WRITES)) y->view = a;
+    if (card->flags & BNB__WRITES) a->flags |= BNB_FLAG_STATE;
+    return y;
+}
+
+#define BNB__NO_PARAMS ((bnb_params){.norm = {0}})
+
+bnb_tensor *bnb_embed(bnb_ctx *c, bnb_tensor *table, bnb_tensor *ids) {
+    return bnb__node(c, BNB_OP_EMBED, BNB__NO_PARAMS, table, ids, NULL, NULL);
+}
+bnb_tensor *bnb_linear(bnb_ctx *c, bnb_tensor *x, bnb_tensor *w, bnb_tensor *bias) {
+    return bnb__node(c, BNB_OP_LINEAR, BNB__NO_PARAMS, x, w, bias, NULL);
+}
+bnb_tensor *bnb_layer_norm(bnb_ctx *c, bnb_tensor *x, bnb_tensor *w, bnb_tensor *b, float eps) {
+    return bnb__node(c, BNB_OP_LAYER_NORM, (bnb_params){.norm = {eps}}, x, w, b, NULL);
+}
+bnb_tensor *bnb_rms_norm(bnb_ctx *c, bnb_tensor *x, bnb_tensor *w, float eps) {
+    return bnb__node(c, BNB_OP_RMS_NORM, (bnb_params){.norm = {eps}}, x, w, NULL, NULL);
+}
+bnb_tensor *bnb_add(bnb_ctx *c, bnb_tensor *a, bnb_tensor *b) { return bnb__node(c, BNB_OP_ADD, BNB__NO_PARAMS, a, b, NULL, NULL); }
+bnb_tensor *bnb_mul(bnb_ctx *c, bnb_tensor *a, bnb_tensor *b) { return bnb__node(c, BNB_OP_MUL, BNB__NO_PARAMS, a, b, NULL, NULL); }
+bnb_tensor *bnb_scale(bnb_ctx *c, bnb_tensor *x, float factor) {
+    return bnb__node(c, BNB_OP_SCALE, (bnb_params){.scale = {factor}}, x, NULL, NULL, NULL);
+}
+
+#define BNB__UNARY(function, OP) \
+    bnb_tensor *function(bnb_ctx *c, bnb_tensor *x) { return bnb__node(c, OP, BNB__NO_PARAMS, x, NULL, NULL, NULL); }
+BNB__UNARY(bnb_gelu, BNB_OP_GELU)
+BNB__UNARY(bnb_gelu_tanh, BNB_OP_GELU_TANH)
+BNB__UNARY(bnb_relu, BNB_OP_RELU)
+BNB__UNARY(bnb_silu, BNB_OP_SILU)
+BNB__UNARY(bnb_softmax, BNB_OP_SOFTMAX)
+#undef BNB__UNARY
+
+bnb_tensor *bnb_set_rows(bnb_ctx *c, bnb_tensor *cache, bnb_tensor *x, bnb_tensor *rows) {
+    return bnb__node(c, BNB_OP_SET_ROWS, BNB__NO_PARAMS, cache, x, rows, NULL);
+}
+
+bnb_tensor *bnb_attention(bnb_ctx *c, bnb_tensor *q, bnb_tensor *k, bnb_tensor *v, bnb_tensor *span, int32_t n_head,
+                          int32_t n_head_kv, float scale) {
+    return bnb__node(c, BNB_OP_ATTENTION, (bnb_params){.attention = {n_head, n_head_kv, scale}}, q, k, v, span);
+}
+
+bnb_tensor *bnb_columns(bnb_ctx *c, bnb_tensor *x, int64_t first, int64_t n) {
+    if (!c || c->error.code) return NULL;
+    if (!x || !bnb__is_rows(x)) return BNB__CTX_FAIL(c, BNB_E_SHAPE, "columns: the input must be f32 [T, C]");
+    if (first < 0 || n < 1 || first > x->shape[1] - n)
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "columns(%s): %lld columns from column %lld on do not lie in %lld", x->name,
+                             (long long)n, (long long)first, (long long)x->shape[1]);
+    bnb_tensor *y = bnb__node(c, BNB_OP_COLUMNS, BNB__NO_PARAMS, x, NULL, NULL, NULL);
+    if (!y) return NULL;
+    bnb__result(y, x->shape[0], n);
+    memcpy(y->stride, x->stride, sizeof y->stride);
+    y->view_offset = (uint64_t)first * sizeof(float);
+    return y;
+}
+
+/* ==== [GRAPH] ===================================================================================================
+ * Nodes and the leaves they need, in topological order: sources before users. */
+
+struct bnb_graph {
+    bnb_ctx *ctx;
+    bnb_tensor **nodes;  /* [n_nodes]  */
+    bnb_tensor **leaves; /* [n_leaves] */
+    int32_t n_nodes, n_leaves;
+    int32_t planned;     /* a plan gives its nodes their addresses: one plan at a time */
+};
+
+enum { BNB__UNSEEN = 0, BNB__OPEN = 1, BNB__DONE = 2 };
+
+/* Depth first without recursion: a graph may be as deep as it is long. `mark` of nodes is left clean. Leaves may be
+ * shared with other ctxs and threads, so their marks are not touched: they are found by search in the few we have. */
+static int32_t bnb__visit(bnb_tensor **stack, bnb_tensor *root, bnb_graph *g) {
+    int32_t depth = 0;
+    stack[depth++] = root;
+    while (depth) {
+        bnb_tensor *t = stack[depth - 1];
+        if (t->mark == BNB__DONE) { depth--; continue; }
+        t->mark = BNB__OPEN;
+        int32_t pushed = 0;
+        for (int32_t i = BNB_MAX_SRC; i-- > 0;) {
+            bnb_tensor *s = t->src[i];
+            if (!s || s->op == BNB_OP_NONE) continue;
+            if (s->ctx != g->ctx) return 0;
+            if (s->mark == BNB__UNSEEN) { stack[depth++] = s; pushed = 1; }
+        }
+        if (pushed) continue;
+        t->mark = BNB__DONE;
+        g->nodes[g->n_nodes++] = t;
+        depth--;
+    }
+    return 1;
+}
+
+bnb_graph *bnb_graph_create(bnb_ctx *c, bnb_tensor *const *outputs, int32_t n, bnb_error *err) {
+    if (bnb_ctx_status(c, err)) return NULL;
+    for (int32_t i = 0; i < n; i++)
+        if (!outputs[i] || outputs[i]->ctx != c || outputs[i]->op == BNB_OP_NONE) {
+            bnb_fail(err, BNB_E_ARG, "output %d of the graph is not a node of its ctx", (int)i);
+            return NULL;
+        }
+    /* a node is pushed at most once for each of its users' inputs */
+    size_t cap = (size_t)c->n_tensors, stack_bytes = (cap * BNB_MAX_SRC + 1) * sizeof(bnb_tensor *);
+    bnb_graph *g = bnb__ctx_take(c, sizeof *g);
+    bnb_tensor **nodes = bnb__ctx_take(c, cap * sizeof *nodes), **leaves = bnb__ctx_take(c, cap * BNB_MAX_SRC * sizeof *leaves);
+    bnb_tensor **stack = bnb_alloc(c->owned.env, stack_bytes, err);
+    if (!g || !nodes || !leaves || !stack) {
+        bnb_free(c->owned.env, stack, stack_bytes);
+        bnb_fail(err, BNB_E_NOMEM, "out of memory for a graph of %zu tensors", cap);
+        return NULL;
+    }
+    *g = (bnb_graph){c, nodes, leaves, 0, 0, 0};
+    int32_t ok = 1;
+    for (int32_t i = 0; i < n && ok; i++) {
+        ok = bnb__visit(stack, outputs[i], g);
+        outputs[i]->flags |= BNB_FLAG_OUTPUT;
+    }
+    bnb_free(c->owned.env, stack, stack_bytes);
+    for (int32_t i = 0; i < c->n_tensors; i++) c->tensors[i]->mark = BNB__UNSEEN;
+    if (!ok) {
+        bnb_fail(err, BNB_E_ARG, "the graph uses nodes of another ctx; only weights and caches may be shared");
+        return NULL;
+    }
+    for (int32_t i = 0; i < g->n_nodes; i++)
+        for (int32_t j = 0; j < BNB_MAX_SRC; j++) {
+            bnb_tensor *s = g->nodes[i]->src[j];
+            if (!s || s->op != BNB_OP_NONE) continue;
+            int32_t k = 0;
+            while (k < g->n_leaves && g->leaves[k] != s) k++;
+            if (k == g->n_leaves) g->leaves[g->n_leaves++] = s;
+        }
+    return g;
+}
+
+int32_t bnb_graph_size(const bnb_graph *g) { return g->n_nodes; }
+bnb_tensor *bnb_graph_node(const bnb_graph *g, int32_t i) { return i < 0 || i >= g->n_nodes ? NULL : g->nodes[i]; }
+
+/* ==== [CPU] =====================================================================================================
+ * A kernel is one row: what it takes and how it is cut into tiles. Rows are ordered best first and the first that fits
+ * is used, so a node runs exactly if a row fits: there is no second list that says what is supported. The reference
+ * kernels at the end fit everything; every fast one is checked against them. */
+
+/* One node as its kernel sees it. Threads take tiles of a phase in any order; a barrier stands between phases. What a
+ * tile computes does not depend on which thread runs it or on how many there are. */
+typedef struct bnb__job {
+    const bnb_tensor *y; /* the node; y->src[i] are its sources       */
+    void *work;          /* shared scratch of work() bytes            */
+    void *local;         /* this thread's scratch of local() bytes    */
+} bnb__job;
+
+typedef struct bnb__kernel {
+    const char *name;
+    int32_t op;
+    int32_t type;         /* linear: of the weight; attention: of k and v; -1: any */
+    int32_t compute;      /* BNB_F32, BNB_BF16; -1: has no choice                  */
+    int64_t m_min, m_max; /* rows of the result                                    */
+    uint32_t cpu;         /* BNB_CPU_* bits that it needs                          */
+    int32_t (*fits)(const bnb_tensor *y);                 /* NULL: always */
+    int32_t phases;
+    int64_t (*tiles)(const bnb_tensor *y, int32_t phase);
+    uint64_t (*work)(const bnb_tensor *y);                /* NULL: none */
+    uint64_t (*local)(const bnb_tensor *y);               /* NULL: none */
+    void (*run)(const bnb__job *job, int32_t phase, int64_t tile);
+} bnb__kernel;
+
+static const float *bnb__row(const bnb_tensor *t, int64_t row) {
+    return (const float *)((const char *)t->plane[0] + row * t->stride[0]);
+}
+static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)((char *)t->plane[0] + row * t->stride[0]); }
+
+/* ---- [CPU] fast kernels ----------------------------------------------------------------------------------------------
+ * Two shapes of product cover every weight format:
+ *
+ *   dot   few rows of x (decode). Lanes run along k, weights are read once, straight from the file's planes, and
+ *         decoded in registers: the time is that of reading them.
+ *   gemm  many rows of x (prompts). Lanes run along the rows of x: x is packed once into panels [k][mr rows], a tile of
+ *         weights is decoded once into rows [n][k], and each 32-bit piece of a weight row is broadcast against a panel.
+ *         One 32-bit lane holds 1 f32, 2 bf16, 2 i16 or 4 i8 numbers of k, so one driver serves all four.
+ *
+ * Each element of y is summed over k in one fixed order that depends on the kernel only, never on threads or tiles.
+ * Code for an instruction set sits in functions with a target attribute: this file needs no compiler flags. */
+#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#include <immintrin.h> /* defines: __m512 and friends */
+#include <string.h>    /* defines: memcpy, memset */
+
+#define BNB__INLINE static inline __attribute__((always_inline))
+#define BNB__AVX2 __attribute__((target("avx2,fma,f16c")))
+#define BNB__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
+#define BNB__VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
+#define BNB__BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#if defined(__clang__) /* arrays of vectors live in registers only if the loops over them are unrolled */
+#define BNB__UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define BNB__UNROLL _Pragma("GCC unroll 32")
+#endif
+
+/* The numbers of a linear: y [M, N] = x [M, K] w [N, K]^T + bias [N]. */
+typedef struct bnb__linear {
+    const char *x;     /* f32 [M, K], rows x_stride bytes apart */
+    int64_t x_stride;
+    const bnb_tensor *w, *bias;
+    const uint8_t *codes; /* plane 0 of w */
+    float *y;          /* [M, N] */
+    int64_t M, N, K;
+} bnb__linear;
+
+static bnb__linear bnb__linear_of(const bnb_tensor *y)
+{
+    const bnb_tensor *x = y->src[0], *w = y->src[1];
+    return (bnb__linear){(const char *)x->plane[0], x->stride[0], w, y->src[2], (const uint8_t *)w->plane[0],
+                         (float *)y->plane[0], x->shape[0], w->shape[0], w->shape[1]};
+}
+
+/* 4-bit rows must consist of whole blocks: then a vector of 32 weights never meets a second scale. */
+static int32_t bnb__fits4(const bnb_tensor *y)
+{
+    const bnb_tensor *w = y->src[1];
+    return w->quant.blocksize >= 32 && w->shape[1] % w->quant.blocksize == 0 &&
+           (!w->quant.double_quant || w->quant.nested_blocksize == 256);
+}
+
+BNB__INLINE BNB__AVX2 float bnb__number(int32_t type, const void *p, int64_t i) /* element i of a plain array */
+{
+    uint16_t h;
+    float f;
+    if (type == BNB_F32) return memcpy(&f, (const char *)p + 4 * i, 4), f;
+    memcpy(&h, (const char *)p + 2 * i, 2);
+    return type == BNB_F16 ? _cvtsh_ss(h) : _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128((int)((uint32_t)h << 16))));
+}
+
+BNB__INLINE BNB__AVX2 float bnb__bias(const bnb_tensor *bias, int64_t n)
+{
+    return bias ? bnb__number(bias->type, bias->plane[0], n) : 0.0f;
+}
+
+/* absmax of block b. The empty asm keeps the compiler from fusing two roundings into one (it may, in ISO C). */
+BNB__INLINE BNB__AVX2 float bnb__absmax(const bnb_tensor *w, int64_t b)
+{
+    if (!w->quant.double_quant) return bnb__number(BNB_F32, w->plane[1], b);
+    float a = bnb__number(BNB_F32, w->plane[3], ((const uint8_t *)w->plane[1])[b]) *
+              bnb__number(BNB_F32, w->plane[2], b >> 8);
+    __asm__("" : "+x"(a));
+    return a + w->quant.nested_offset;
+}
+
+/* absmax of blocks [b, b + n): in place, or restored into local [n]. */
+static BNB__AVX2 const float *bnb__absmaxes(const bnb_tensor *w, int64_t b, int64_t n, float *local)
+{
+    if (!w->quant.double_quant) return (const float *)w->plane[1] + b;
+    for (int64_t i = 0; i < n; i++) local[i] = bnb__absmax(w, b + i);
+    return local;
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the sum of v[i] */
+{
+    __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+    __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
+    return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+/* ---- dot: y for M rows of x, R rows of w at a time ---- */
+
+#ifndef DB
+#define DB 65536
+#endif
+enum { BNB__DOT_BYTES = DB }; /* of weights in a tile: some microseconds, so that threads end together */
+
+static int64_t bnb__dot_rows(const bnb_tensor *w) /* rows of w in a tile, a multiple of 8 */
+{
+    int64_t bytes = (w->shape[1] * (w->type == BNB_INT8 ? 8 : bnb_type_bits(w->type)) + 7) / 8;
+    int64_t rows = (BNB__DOT_BYTES / (bytes ? bytes : 1)) & ~(int64_t)7;
+    return rows < 8 ? 8 : rows > 1024 ? 1024 : rows;
+}
+
+static int64_t bnb__dot_tiles(const bnb_tensor *w) { return (w->shape[0] + bnb__dot_rows(w) - 1) / bnb__dot_rows(w); }
+static int64_t bnb__dot_m(int64_t M) { return M <= 4 ? M : M <= 6 ? 6 : 8; } /* M that there is code for */
+
+/* Calls f(.., M, R) with constants. R * M <= 8 sums are reduced together. */
+#define BNB__DOT_SWITCH(M, CALL)                                                                                       \
+    switch (bnb__dot_m(M)) {                                                                                           \
+    case 1: CALL(1, BNB__R1); break;                                                                                         \
+    case 2: CALL(2, 2); break;                                                                                         \
+    case 3: CALL(3, 2); break;                                                                                         \
+    case 4: CALL(4, 2); break;                                                                                         \
+    case 6: CALL(6, 1); break;                                                                                         \
+    default: CALL(8, 1); break;                                                                                        \
+    }
+#ifndef BNB__R1
+#define BNB__R1 2
+#endif
+#ifndef BNB__PF
+#define BNB__PF 2048
+#endif
+
+/* Writes y[m, n + r] = sum[r * M + m] + bias[n + r] for the l->M rows that exist. */
+BNB__INLINE BNB__AVX2 void bnb__dot_store(const bnb__linear *l, int64_t n, const __m256 *sum, const int M, const int R)
+{
+    float s[8];
+    _mm256_storeu_ps(s, bnb__sum8(sum));
+    for (int r = 0; r < R; r++) {
+        float b = bnb__bias(l->bias, n + r);
+        for (int m = 0; m < M && m < l->M; m++) l->y[m * l->N + n + r] = s[r * M + m] + b;
+    }
+}
+
+BNB__INLINE BNB__AVX512 void bnb__dot_store_512(const bnb__linear *l, int64_t n, const __m512 *a, const int M, const int R)
+{
+    __m256 sum[8];
+    BNB__UNROLL for (int i = 0; i < 8; i++)
+        sum[i] = i < R * M ? _mm256_add_ps(_mm512_castps512_ps256(a[i]), _mm512_extractf32x8_ps(a[i], 1)) : _mm256_setzero_ps();
+    bnb__dot_store(l, n, sum, M, R);
+}
+
+/* nf4, fp4. A byte in each lane gives two weights: a table lookup (vpermps) reads only the low 4 bits of its index, so
+ * v >> 4 finds the even element and v itself the odd one. xs: x with evens and odds of each 32 apart. C: weights that
+ * surely share a scale. */
+BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n, const float *xs /* [M, K] */,
+                                                const float *absmax /* [R, K / B] */, __m512 map, int shift, const int C,
+                                                const int M, const int R)
+{
+    const uint8_t *q = l->codes + n * (l->K / 2);
+    int64_t K = l->K, nb = K >> shift;
+    __m512 sum[8], part[8];
+    BNB__UNROLL for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < K; k += C) {
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__PF), _MM_HINT_T0);
+        BNB__UNROLL for (int c = 0; c < C; c += 32) {
+            __m512 even[8], odd[8];
+            BNB__UNROLL for (int r = 0; r < R; r++) {
+                __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q + r * (K / 2) + (k + c) / 2)));
+                even[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), map);
+                odd[r] = _mm512_permutexvar_ps(v, map);
+            }
+            BNB__UNROLL for (int m = 0; m < M; m++) {
+                __m512 x0 = _mm512_load_ps(xs + m * K + k + c), x1 = _mm512_load_ps(xs + m * K + k + c + 16);
+                BNB__UNROLL for (int r = 0; r < R; r++) {
+                    __m512 *p = &part[r * M + m];
+                    *p = c == 0 ? _mm512_mul_ps(even[r], x0) : _mm512_fmadd_ps(even[r], x0, *p);
+                    *p = _mm512_fmadd_ps(odd[r], x1, *p);
+                }
+            }
+        }
+        BNB__UNROLL for (int r = 0; r < R; r++) {
+            __m512 s = _mm512_set1_ps(absmax[r * nb + (k >> shift)]);
+            BNB__UNROLL for (int m = 0; m < M; m++) sum[r * M + m] = _mm512_fmadd_ps(part[r * M + m], s, sum[r * M + m]);
+        }
+    }
+    bnb__dot_store_512(l, n, sum, M, R);
+}
+
+BNB__INLINE BNB__AVX512 void bnb__dot4_tile_512(const bnb__linear *l, int64_t n0, int64_t n1, const float *xs,
+                                                const float *absmax, const int C, const int M, const int R)
+{
+    int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);
+    int64_t nb = l->K >> shift, n = n0;
+    __m512 map = _mm512_loadu_ps(l->w->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map);
+    for (; n + R <= n1; n += R) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, shift, C, M, R);
+    for (; n < n1; n++) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, shift, C, M, 1);
+}
+
+/* Phase 0 separates even and odd elements: work is f32 [dot_m(M), K / 32, 2, 16]. */
+static BNB__AVX512 void bnb__dot4_512(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    float *xs = (float *)job->work;
+    if (phase == 0) {
+        const float *x = (const float *)(l.x + tile * l.x_stride);
+        __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+        __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+        for (int64_t k = 0; k < l.K; k += 32) {
+            __m512 a = _mm512_setzero_ps(), b = a;
+            if (tile < l.M) a = _mm512_loadu_ps(x + k), b = _mm512_loadu_ps(x + k + 16);
+            _mm512_store_ps(xs + tile * l.K + k, _mm512_permutex2var_ps(a, even, b));
+            _mm512_store_ps(xs + tile * l.K + k + 16, _mm512_permutex2var_ps(a, odd, b));
+        }
+        return;
+    }
+    int64_t rows = bnb__dot_rows(l.w), n0 = tile * rows, n1 = n0 + rows < l.N ? n0 + rows : l.N;
+    int64_t nb = l.K / l.w->quant.blocksize;
+    const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);
+#define BNB__CALL(M, R)                                                                                                \
+    if (l.w->quant.blocksize == 32) bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 32, M, R);                              \
+    else bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 64, M, R)
+    BNB__DOT_SWITCH(l.M, BNB__CALL)
+#undef BNB__CALL
+}
+
+static int64_t bnb__dot4_tiles_512(const bnb_tensor *y, int32_t phase)
+{
+    return phase == 0 ? bnb__dot_m(y->src[0]->shape[0]) : bnb__dot_tiles(y->src[1]);
+}
+
+static uint64_t bnb__dot4_work_512(const bnb_tensor *y)
+{
+    return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * y->src[1]->shape[1]) * 4;
+}
+
+static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of a tile */
+{
+    const bnb_tensor *w = y->src[1];
+    return w->quant.double_quant ? (uint64_t)(bnb__dot_rows(w) * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
+}
+
+/* f32, f16, bf16: sixteen weights (fewer: mask) from element i as f32. */
+BNB__INLINE BNB__AVX512 __m512 bnb__load_512(const int type, const void *p, int64_t i, __mmask16 mask)
+{
+    if (type == BNB_F32) return _mm512_maskz_loadu_ps(mask, (const char *)p + 4 * i);
+    __m256i h = _mm256_maskz_loadu_epi16(mask, (const char *)p + 2 * i);
+    return type == BNB_F16 ? _mm512_cvtph_ps(h)
+                           : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
+}
+
+BNB__INLINE __mmask16 bnb__mask16(int64_t n) /* the first n of 16 lanes */
+{
+    return n >= 16 ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
+}
+
+BNB__INLINE BNB__AVX512 void bnb__dot_rows_512(const bnb__linear *l, int64_t n, const int type, const int M, const int R)
+{
+    const float *x[8]; /* rows that do not exist repeat the last one */
+    int64_t K = l->K, row = K * (type == BNB_F32 ? 4 : 2);
+    const uint8_t *w = l->codes + n * row;
+    __m512 sum[8], v[8];
+    BNB__UNROLL for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
+    BNB__UNROLL for (int m = 0; m < M; m++) x[m] = (const float *)(l->x + (m < l->M ? m : l->M - 1) * l->x_stride);
+#define BNB__STEP(mask)                                                                                                \
+    BNB__UNROLL for (int r = 0; r < R; r++) v[r] = bnb__load_512(type, w + r * row, k, mask);                          \
+    BNB__UNROLL for (int m = 0; m < M; m++) {                                                                          \
+        __m512 xm = _mm512_maskz_loadu_ps(mask, x[m] + k);                                                             \
+        BNB__UNROLL for (int r = 0; r < R; r++) sum[r * M + m] = _mm512_fmadd_ps(v[r], xm, sum[r * M + m]);            \
+    }
+    int64_t k = 0;
+    for (; k + 16 <= K; k += 16) {
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * row + k * (row / K) + BNB__PF), _MM_HINT_T0);
+        BNB__STEP((__mmask16)0xffff)
+    }
+    if (k < K) { BNB__STEP(bnb__mask16(K - k)) }
+#undef BNB__STEP
+    bnb__dot_store_512(l, n, sum, M, R);
+}
+
+BNB__INLINE BNB__AVX512 void bnb__dot_tile_512(const bnb__job *job, int64_t tile, const int type)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    int64_t rows = bnb__dot_rows(l.w), n = tile * rows, n1 = n + rows < l.N ? n + rows : l.N;
+#define BNB__CALL(M, R)                                                                                                \
+    for (; n + R <= n1; n += R) bnb__dot_rows_512(&l, n, type, M, R);                                                  \
+    for (; n < n1; n++) bnb__dot_rows_512(&l, n, type, M, 1)
+    BNB__DOT_SWITCH(l.M, BNB__CALL)
+#undef BNB__CALL
+}
+
+static BNB__AVX512 void bnb__dot_f32_512(const bnb__job *job, int32_t phase, int64_t tile) { (void)phase; bnb__dot_tile_512(job, tile, BNB_F32); }
+static BNB__AVX512 void bnb__dot_f16_512(const bnb__job *job, int32_t phase, int64_t tile) { (void)phase; bnb__dot_tile_512(job, tile, BNB_F16); }
+static BNB__AVX512 void bnb__dot_bf16_512(const bnb__job *job, int32_t phase, int64_t tile) { (void)phase; bnb__dot_tile_512(job, tile, BNB_BF16); }
+static int64_t bnb__dot_plain_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return bnb__dot_tiles(y->src[1]); }
+
+/* ---- gemm: many rows of x -------------------------------------------------------------------------------------------
+ *
+ *   phase 0   pack(): x -> work, [panel][group][mr] 32-bit lanes, a group being the numbers of k that share a lane
+ *   phase 1   a tile is nt rows of w and up to BNB__GEMM_ROWS rows of x. For each chunk of k: fill() decodes the chunk of
+ *             those rows of w into local [nt][kc]; micro() multiplies it with each panel and adds to c [panel][nt][mr];
+ *             at last store() transposes c, adds the bias and writes y.
+ *
+ * A chunk of a panel and of nr rows of w stay in the L1 cache, c and the chunk of w in L2, whatever K is. */
+
+enum {
+    BNB__GEMM_GROUPS = 256, BNB__GEMM_ROWS = 512,
+    BNB__GEMM_LD = BNB__GEMM_GROUPS + 16 /* from row to row of decoded weights: an odd number of cache lines, so that rows
+                                            do not fall on the same sets; a constant, for addressing */
+};
+
+typedef struct bnb__gemm {
+    int32_t mr, nt;     /* rows of x in a panel; rows of w in a tile, a multiple of what micro() takes at once         */
+    int32_t group;      /* numbers of k in a 32-bit lane */
+    /* Packs groups [g, g + ng) of rows [m0, m0 + mr) to out [ng][mr]; zeros beyond M and K. ng is a multiple of 16.   */
+    void (*pack)(const bnb__linear *l, int64_t m0, int64_t g, int64_t ng, uint32_t *out);
+    /* Decodes groups [g, g + ng) of row n of w to out [ng]; zeros beyond K. */
+    void (*fill)(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out);
+    /* c [nt][mr] (+)= w [nt][LD] times x [ng][mr]. rows: how many of the panel's exist */
+    void (*micro)(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c);
+    /* y[m0 + i, n0 + j] = c[j][i] + bias for the rows and columns that exist */
+    void (*store)(const bnb__linear *l, int64_t m0, int64_t n0, int64_t nt, const float *c);
+} bnb__gemm;
+
+typedef struct bnb__gemm_shape { int64_t groups, chunk, chunks, panels; } bnb__gemm_shape;
+
+static bnb__gemm_shape bnb__gemm_shape_of(const bnb__gemm *g, int64_t M, int64_t K)
+{
+    bnb__gemm_shape s;
+    s.groups = ((K + g->group - 1) / g->group + 15) & ~(int64_t)15;
+    s.chunks = (s.groups + BNB__GEMM_GROUPS - 1) / BNB__GEMM_GROUPS;
+    s.chunk = s.chunks ? ((s.groups + s.chunks - 1) / s.chunks + 31) & ~(int64_t)31 : 0; /* whole blocks of 32 in f32 too */
+    s.chunks = s.chunk ? (s.groups + s.chunk - 1) / s.chunk : 0;
+    s.panels = (M + g->mr - 1) / g->mr;
+    return s;
+}
+
+static int64_t bnb__gemm_tiles(const bnb__gemm *g, const bnb_tensor *y, int32_t phase)
+{
+    int64_t M = y->src[0]->shape[0], N = y->src[1]->shape[0];
+    bnb__gemm_shape s = bnb__gemm_shape_of(g, M, y->src[1]->shape[1]);
+    if (phase == 0) return s.panels * s.chunks;
+    return (N + g->nt - 1) / g->nt * ((M + BNB__GEMM_ROWS - 1) / BNB__GEMM_ROWS);
+}
+
+static uint64_t bnb__gemm_work(const bnb__gemm *g, const bnb_tensor *y)
+{
+    bnb__gemm_shape s = bnb__gemm_shape_of(g, y->src[0]->shape[0], y->src[1]->shape[1]);
+    return (uint64_t)(s.panels * s.groups * g->mr) * 4;
+}
+
+static uint64_t bnb__gemm_local(const bnb__gemm *g, const bnb_tensor *y)
+{
+    int64_t M = y->src[0]->shape[0];
+    bnb__gemm_shape s = bnb__gemm_shape_of(g, M < BNB__GEMM_ROWS ? M : BNB__GEMM_ROWS, y->src[1]->shape[1]);
+    return (uint64_t)(g->nt * BNB__GEMM_LD + s.panels * g->mr * g->nt) * 4;
+}
+
+static void bnb__gemm_pack(const bnb__gemm *g, const bnb__job *job, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    bnb__gemm_shape s = bnb__gemm_shape_of(g, l.M, l.K);
+    int64_t panel = tile / s.chunks, g0 = tile % s.chunks * s.chunk, ng = s.groups - g0 < s.chunk ? s.groups - g0 : s.chunk;
+    g->pack(&l, panel * g->mr, g0, ng, (uint32_t *)job->work + (panel * s.groups + g0) * g->mr);
+}
+
+static void bnb__prefetch(const bnb__linear *l, int64_t n, int64_t k, int64_t nk) /* weights [n, k .. k + nk) */
+{
+    int64_t e = n * l->K + k, left = l->N * l->K - e, bits = bnb_type_bits(l->w->type);
+    if (k >= l->K || left <= 0) return;
+    const uint8_t *p = l->codes + e * bits / 8, *end = p + (nk < left ? nk : left) * bits / 8;
+    for (; p < end; p += 64) _mm_prefetch((const char *)p, _MM_HINT_T1);
+    if (l->w->type >= BNB_NF4)
+        _mm_prefetch((const char *)l->w->plane[1] + e / l->w->quant.blocksize * (l->w->quant.double_quant ? 1 : 4), _MM_HINT_T1);
+}
+
+/* The products of a tile, to local: w [nt][LD], then c [panel][nt][mr]. Returns c. */
+static float *bnb__gemm_tile(const bnb__gemm *g, const bnb__linear *l, const void *packed, void *local, int64_t n0,
+                             int64_t m0, int64_t m1)
+{
+    bnb__gemm_shape s = bnb__gemm_shape_of(g, l->M, l->K);
+    int64_t nt = l->N - n0 < g->nt ? l->N - n0 : g->nt;
+    uint32_t *w = (uint32_t *)local;
+    float *c = (float *)local + g->nt * BNB__GEMM_LD;
+    if (nt < g->nt) memset(w, 0, (size_t)(g->nt * BNB__GEMM_LD) * 4);
+    for (int64_t g0 = 0; g0 < s.groups; g0 += s.chunk) {
+        int64_t ng = s.groups - g0 < s.chunk ? s.groups - g0 : s.chunk;
+        for (int64_t n = 0; n < nt; n++) {
+            /* Rows are read in pieces, which the hardware cannot foresee: ask for the next chunk while this one is used. */
+            bnb__prefetch(l, n0 + n, (g0 + s.chunk) * g->group, s.chunk * g->group);
+            if (g0 == 0) bnb__prefetch(l, n0 + n + 8, 0, s.chunk * g->group);
+            g->fill(l, n0 + n, g0, ng, w + n * BNB__GEMM_LD);
+        }
+        for (int64_t m = m0; m < m1; m += g->mr)
+            g->micro(g0 == 0, l->M - m, ng, (const uint32_t *)packed + m * s.groups + g0 * g->mr, w, c + (m - m0) * g->nt);
+    }
+    return c;
+}
+
+static void bnb__gemm_product(const bnb__gemm *g, const bnb__job *job, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    int64_t blocks = (l.M + BNB__GEMM_ROWS - 1) / BNB__GEMM_ROWS, n0 = tile / blocks * g->nt;
+    int64_t m0 = tile % blocks * BNB__GEMM_ROWS, m1 = m0 + BNB__GEMM_ROWS < l.M ? m0 + BNB__GEMM_ROWS : l.M;
+    float *c = bnb__gemm_tile(g, &l, job->work, job->local, n0, m0, m1);
+    for (int64_t m = m0; m < m1; m += g->mr)
+        g->store(&l, m, n0, l.N - n0 < g->nt ? l.N - n0 : g->nt, c + (m - m0) * g->nt);
+}
+
+/* The functions that a row of the table needs for gemm g. */
+#define BNB__GEMM_ROW(g)                                                                                               \
+    static int64_t g##_tiles(const bnb_tensor *y, int32_t phase) { return bnb__gemm_tiles(&g, y, phase); }             \
+    static uint64_t g##_work(const bnb_tensor *y) { return bnb__gemm_work(&g, y); }                                    \
+    static uint64_t g##_local(const bnb_tensor *y) { return bnb__gemm_local(&g, y); }                                  \
+    static void g##_run(const bnb__job *job, int32_t phase, int64_t tile)                                              \
+    {                                                                                                                  \
+        if (phase == 0) bnb__gemm_pack(&g, job, tile);                                                                 \
+        else bnb__gemm_product(&g, job, tile);                                                                         \
+    }
+
+BNB__INLINE BNB__AVX512 void bnb__transpose_512(__m512i *r) /* [16] vectors of 16 lanes */
+{
+    __m512i t[16];
+    BNB__UNROLL for (int i = 0; i < 16; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    BNB__UNROLL for (int i = 0; i < 16; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    BNB__UNROLL for (int i = 0; i < 4; i++) { /* r[4 j + i]: column 4 lane + i of rows 4 j .. 4 j + 3 */
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+    BNB__UNROLL for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+static BNB__AVX512 void bnb__gemm_store_512(const bnb__linear *l, int64_t m0, int64_t n0, int64_t nt, const float *c)
+{
+    for (int64_t i = 0; i < 32 && m0 + i < l->M; i += 16)
+        for (int64_t j = 0; j < nt; j += 16) {
+            __m512i r[16];
+            __mmask16 mask = bnb__mask16(nt - j);
+            __m512 b = _mm512_setzero_ps();
+            if (l->bias) {
+                int32_t type = l->bias->type;
+                const void *p = l->bias->plane[0];
+                b = type == BNB_F32   ? bnb__load_512(BNB_F32, p, n0 + j, mask)
+                    : type == BNB_F16 ? bnb__load_512(BNB_F16, p, n0 + j, mask)
+                                      : bnb__load_512(BNB_BF16, p, n0 + j, mask);
+            }
+            BNB__UNROLL for (int q = 0; q < 16; q++) r[q] = _mm512_load_si512(c + (j + q) * 32 + i);
+            bnb__transpose_512(r);
+            BNB__UNROLL for (int q = 0; q < 16; q++)
+                if (m0 + i + q < l->M)
+                    _mm512_mask_storeu_ps(l->y + (m0 + i + q) * l->N + n0 + j, mask, _mm512_add_ps(_mm512_castsi512_ps(r[q]), b));
+        }
+}
+
+/* acc += products of the group in each lane of x with the group w: 2 x 12 or 1 x 24 accumulators. */
+#define BNB__MICRO_512(name, TARGET, MUL)                                                                              \
+    BNB__INLINE TARGET void name##_block(int first, int64_t ng, const uint32_t *x, const uint32_t *w,                  \
+                                         float *c, const int V, const int N)                                           \
+    {                                                                                                                  \
+        __m512i acc[24], v[2];                                                                                         \
+        BNB__UNROLL for (int i = 0; i < V * N; i++)                                                                    \
+            acc[i] = first ? _mm512_setzero_si512() : _mm512_load_si512(c + i / V * 32 + i % V * 16);                  \
+        for (int64_t g = 0; g < ng; g++) {                                                                             \
+            BNB__UNROLL for (int i = 0; i < V; i++) v[i] = _mm512_load_si512(x + g * 32 + i * 16);                     \
+            BNB__UNROLL for (int n = 0; n < N; n++) {                                                                  \
+                __m512i b = _mm512_set1_epi32((int)w[n * BNB__GEMM_LD + g]);                                                     \
+                BNB__UNROLL for (int i = 0; i < V; i++) acc[n * V + i] = MUL(acc[n * V + i], v[i], b);                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        BNB__UNROLL for (int i = 0; i < V * N; i++) _mm512_store_si512(c + i / V * 32 + i % V * 16, acc[i]);           \
+    }                                                                                                                  \
+    static TARGET void name(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c) \
+    {                                                                                                                  \
+        for (int n = 0; n < 48; n += rows > 16 ? 12 : 24)                                                              \
+            if (rows > 16) name##_block(first, ng, x, w + n * BNB__GEMM_LD, c + n * 32, 2, 12);                              \
+            else name##_block(first, ng, x, w + n * BNB__GEMM_LD, c + n * 32, 1, 24);                                        \
+    }
+
+#define BNB__MUL_F32(a, x, w) _mm512_castps_si512(_mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(w), _mm512_castsi512_ps(a)))
+#define BNB__MUL_BF16(a, x, w) _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(a), (__m512bh)(x), (__m512bh)(w)))
+#define BNB__MUL_I8(a, x, w) _mm512_dpbusd_epi32(a, w, x)
+BNB__MICRO_512(bnb__micro_f32_512, BNB__AVX512, BNB__MUL_F32)
+BNB__MICRO_512(bnb__micro_bf16_512, BNB__BF16, BNB__MUL_BF16)
+
+static BNB__AVX512 void bnb__pack_f32_512(const bnb__linear *l, int64_t m0, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < 32 && m0 + i < l->M; i += 16)
+        for (int64_t k = g; k < g + ng; k += 16) {
+            __m512i r[16];
+            BNB__UNROLL for (int q = 0; q < 16; q++)
+                r[q] = m0 + i + q < l->M ? _mm512_castps_si512(bnb__load_512(BNB_F32, l->x + (m0 + i + q) * l->x_stride, k, bnb__mask16(l->K - k)))
+                                         : _mm512_setzero_si512();
+            bnb__transpose_512(r);
+            BNB__UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(out + (k - g + q) * 32 + i, r[q]);
+        }
+}
+
+BNB__INLINE BNB__BF16 __m512i bnb__bf16x32(__m512 lo, __m512 hi) { return (__m512i)_mm512_cvtne2ps_pbh(hi, lo); }
+
+static BNB__BF16 void bnb__pack_bf16_512(const bnb__linear *l, int64_t m0, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < 32 && m0 + i < l->M; i += 16)
+        for (int64_t p = g; p < g + ng; p += 16) {
+            __m512i r[16];
+            BNB__UNROLL for (int q = 0; q < 16; q++) {
+                const char *x = l->x + (m0 + i + q) * l->x_stride;
+                r[q] = _mm512_setzero_si512();
+                if (m0 + i + q < l->M)
+                    r[q] = bnb__bf16x32(bnb__load_512(BNB_F32, x, 2 * p, bnb__mask16(l->K - 2 * p)),
+                                        bnb__load_512(BNB_F32, x, 2 * p + 16, bnb__mask16(l->K - 2 * p - 16)));
+            }
+            bnb__transpose_512(r);
+            BNB__UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(out + (p - g + q) * 32 + i, r[q]);
+        }
+}
+
+/* Plain weights to f32 or bf16. */
+#define BNB__FILL_512(name, TARGET, STEP, BODY)                                                                        \
+    static TARGET void name(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)                     \
+    {                                                                                                                  \
+        const uint8_t *w = l->codes; (void)w;                                                                                  \
+        for (int64_t i = 0; i < ng; i += 16) {                                                                         \
+            int64_t k = (g + i) * STEP, left = l->K - k, e = n * l->K + k;                                             \
+            _mm512_storeu_si512(out + i, BODY);                                                                        \
+        }                                                                                                              \
+    }
+#define BNB__F32_OF(type) _mm512_castps_si512(bnb__load_512(type, w, e, bnb__mask16(left)))
+#define BNB__BF16_OF(type) bnb__bf16x32(bnb__load_512(type, w, e, bnb__mask16(left)), bnb__load_512(type, w, e + 16, bnb__mask16(left - 16)))
+BNB__FILL_512(bnb__fill_f32_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F32))
+BNB__FILL_512(bnb__fill_f16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F16))
+BNB__FILL_512(bnb__fill_bf16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_BF16))
+BNB__FILL_512(bnb__fill_f16_bf16_512, BNB__BF16, 2, BNB__BF16_OF(BNB_F16))
+BNB__FILL_512(bnb__fill_bf16_bf16_512, BNB__BF16, 2, _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, w + 2 * e))
+
+/* 4-bit weights, 32 at a time: none of these steps meets two blocks. k, and the end, are multiples of 32. */
+static BNB__AVX512 void bnb__fill4_f32_512(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    __m512 map = _mm512_loadu_ps(l->w->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map);
+    __m512i first = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+    int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);
+    for (int64_t i = 0; i < ng; i += 32) {
+        if (g + i >= l->K) { memset(out + i, 0, (size_t)(ng - i) * 4); return; }
+        int64_t e = n * l->K + g + i;
+        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(l->codes + e / 2)));
+        __m512 a = _mm512_set1_ps(bnb__absmax(l->w, e >> shift));
+        __m512 even = _mm512_mul_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), map), a);
+        __m512 odd = _mm512_mul_ps(_mm512_permutexvar_ps(v, map), a);
+        _mm512_storeu_ps(out + i, _mm512_permutex2var_ps(even, first, odd));
+        _mm512_storeu_ps(out + i + 16, _mm512_permutex2var_ps(even, second, odd));
+    }
+}
+
+/* The 16 possible values of a block are rounded once; each half of a lane then picks its own from the doubled table
+ * (vpermw reads 5 bits of its index). */
+static BNB__BF16 void bnb__fill4_bf16_512(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    __m512 map = _mm512_loadu_ps(l->w->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map);
+    __m512i table = _mm512_setzero_si512();
+    int64_t e = n * l->K + 2 * g, end = n * l->K + (2 * (g + ng) < l->K ? 2 * (g + ng) : l->K), B = l->w->quant.blocksize;
+    int shift = __builtin_ctz((unsigned)B);
+    for (int64_t at = -1; e < end; e += 32, out += 16) {
+        if (at != e >> shift) {
+            at = e >> shift;
+            __m512 values = _mm512_mul_ps(map, _mm512_set1_ps(bnb__absmax(l->w, at)));
+            table = bnb__bf16x32(values, values);
+        }
+        __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(l->codes + e / 2)));
+        v = _mm512_or_si512(_mm512_srli_epi32(v, 4), _mm512_slli_epi32(v, 16));
+        _mm512_storeu_si512(out, _mm512_permutexvar_epi16(v, table));
+    }
+}
+
+/* ---- int8: LLM.int8() -----------------------------------------------------------------------------------------------
+ * Codes of w become unsigned (w ^ 0x80 is w + 128) where the instruction multiplies unsigned by signed; the sum of a
+ * row's codes, times 128, is taken off afterwards. All integer sums are exact, so every kernel gives the same bits. */
+
+typedef struct bnb__int8 { /* in work; Kp: K rounded up to 64, zeros beyond K; Mp: M rounded up to 32 */
+    float *sca;      /* [Mp]       largest magnitude of a row's ordinary elements       */
+    int32_t *sum;    /* [Mp]       of a row's codes                                     */
+    int32_t *count;  /* [16]       count[0]: number of outlier columns                  */
+    int32_t *list;   /* [K]        outlier columns, ascending                           */
+    uint8_t *mask;   /* [M, Kp/8]  bit k: x[m, k] is an outlier                         */
+    int8_t *codes;   /* [Mp, Kp]                                                        */
+    void *packed;    /* gemm: [panel][group][mr]                                        */
+    int64_t M, K, Kp;
+    int32_t by_row;  /* outliers leave their own row only                               */
+} bnb__int8;
+
+static bnb__int8 bnb__int8_of(const bnb_tensor *y, void *work, uint64_t *bytes)
+{
+    bnb__int8 q;
+    int64_t M = y->src[0]->shape[0], K = y->src[1]->shape[1], Kp = (K + 63) & ~(int64_t)63, Mp = (M + 31) & ~(int64_t)31;
+    char *p = (char *)work;
+    q.sca = (float *)p, p += Mp * 4;
+    q.sum = (int32_t *)p, p += Mp * 4;
+    q.count = (int32_t *)p, p += 64;
+    q.list = (int32_t *)p, p += Kp * 4;
+    q.mask = (uint8_t *)p, p += (M * Kp / 8 + 63) & ~(int64_t)63;
+    q.codes = (int8_t *)p, p += Mp * Kp;
+    q.packed = p;
+    q.M = M, q.K = K, q.Kp = Kp, q.by_row = M == 1 || y->src[1]->quant.outlier_rule == BNB_OUTLIER_ROW;
+    if (bytes) *bytes = (uint64_t)(p - (char *)work);
+    return q;
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__load_f32_256(const float *x, int64_t n) /* the first n of 8; zeros */
+{
+    return n >= 8 ? _mm256_loadu_ps(x)
+                  : _mm256_maskload_ps(x, _mm256_cmpgt_epi32(_mm256_set1_epi32((int)n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)));
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__round_f16_256(__m256 x) { return _mm256_cvtph_ps(_mm256_cvtps_ph(x, 0)); }
+
+/* Row m of x: sca, mask, and codes = rint(a * (127 / sca)) for a = x in f16, 0 for outliers and NaN. Two passes. */
+static BNB__AVX2 void bnb__int8_quantize(const bnb__int8 *q, const float *x, float threshold, int64_t m)
+{
+    __m256 max = _mm256_setzero_ps(), magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+    __m256 t = _mm256_set1_ps(threshold > 0 ? threshold : __builtin_nanf("")); /* no comparison with NaN holds */
+    uint8_t *mask = q->mask + m * (q->Kp / 8);
+    for (int64_t k = 0; k < q->Kp; k += 8) {
+        __m256 a = _mm256_and_ps(bnb__round_f16_256(bnb__load_f32_256(x + k, q->K - k)), magnitude);
+        __m256 out = _mm256_cmp_ps(a, t, _CMP_GE_OQ);
+        mask[k / 8] = (uint8_t)_mm256_movemask_ps(out);
+        max = _mm256_max_ps(_mm256_andnot_ps(out, a), max); /* a NaN first gives the second */
+    }
+    float lanes[8], sca = 0;
+    _mm256_storeu_ps(lanes, max);
+    for (int i = 0; i < 8; i++) sca = lanes[i] > sca ? lanes[i] : sca;
+    q->sca[m] = sca;
+    __m256 s = _mm256_set1_ps(127.0f * bnb__rcp_cuda(sca));
+    __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    for (int64_t k = 0; k < q->Kp; k += 8) {
+        __m256 v = _mm256_mul_ps(bnb__round_f16_256(bnb__load_f32_256(x + k, q->K - k)), s); /* sca 0: 0 * inf is NaN */
+        __m256i out = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(mask[k / 8]), bit), bit);
+        __m256i c = _mm256_andnot_si256(out, _mm256_and_si256(_mm256_cvtps_epi32(v), _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_ORD_Q))));
+        __m128i h = _mm_packs_epi32(_mm256_castsi256_si128(c), _mm256_extracti128_si256(c, 1));
+        _mm_storel_epi64((__m128i *)(q->codes + m * q->Kp + k), _mm_packs_epi16(h, h));
+    }
+}
+
+static void bnb__int8_columns(const bnb__int8 *q) /* mask -> list, count */
+{
+    int32_t count = 0;
+    for (int64_t k = 0; k < q->Kp; k += 64) {
+        uint64_t any = 0, word;
+        for (int64_t m = 0; m < q->M; m++) memcpy(&word, q->mask + m * (q->Kp / 8) + k / 8, 8), any |= word;
+        for (; any; any &= any - 1) q->list[count++] = (int32_t)(k + __builtin_ctzll(any));
+    }
+    q->count[0] = count;
+}
+
+static BNB__AVX2 void bnb__int8_finish(const bnb__int8 *q, int64_t m) /* row m without the outlier columns, and its sum */
+{
+    int8_t *c = q->codes + m * q->Kp;
+    if (!q->by_row)
+        for (int32_t i = 0; i < q->count[0]; i++) c[q->list[i]] = 0;
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t k = 0; k < q->Kp; k += 16)
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(c + k))), _mm256_set1_epi16(1)));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    q->sum[m] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+static int bnb__int8_is_outlier(const bnb__int8 *q, int64_t m, int32_t k)
+{
+    return !q->by_row || (q->mask[m * (q->Kp / 8) + k / 8] >> (k & 7) & 1);
+}
+
+BNB__INLINE float bnb__int8_weight(int8_t code, float scb) { return (float)code * scb * 7.874015718698502e-3f; }
+
+/* c * sca * scb / 127^2 + bias */
+BNB__INLINE BNB__AVX2 float bnb__int8_scale(int32_t c, float sca, float scb, float b)
+{
+    return __builtin_fmaf((float)c * sca * scb, 6.200012e-05f, b);
+}
+
+/* y[m, n] for the products c of row n with each row of x. */
+BNB__INLINE BNB__AVX2 void bnb__int8_dot_store(const bnb__linear *l, const bnb__int8 *q, int64_t n, const int32_t *c)
+{
+    float scb = bnb__number(BNB_F32, l->w->plane[1], n), b = bnb__bias(l->bias, n), s[8] = {0};
+    const int8_t *w = (const int8_t *)l->codes + n * l->K;
+    for (int32_t i = 0; i < q->count[0]; i++) {
+        int32_t k = q->list[i];
+        float v = bnb__int8_weight(w[k], scb);
+        for (int64_t m = 0; m < l->M; m++)
+            if (bnb__int8_is_outlier(q, m, k)) s[m] = __builtin_fmaf(bnb__number(BNB_F32, l->x + m * l->x_stride, k), v, s[m]);
+    }
+    for (int64_t m = 0; m < l->M; m++) {
+        float v = bnb__int8_scale(c[m], q->sca[m], scb, b);
+        l->y[m * l->N + n] = q->count[0] ? v + s[m] : v;
+    }
+}
+
+BNB__INLINE BNB__VNNI void bnb__dot_int8_rows_vnni(const bnb__linear *l, const bnb__int8 *q, int64_t n, const int M, const int R)
+{
+    __m512i acc[8], v[8], flip = _mm512_set1_epi8((char)0x80);
+    const uint8_t *w = l->codes + n * l->K;
+    int64_t K = l->K, k = 0;
+    BNB__UNROLL for (int i = 0; i < R * M; i++) acc[i] = _mm512_setzero_si512();
+#define BNB__STEP(load)                                                                                                \
+    BNB__UNROLL for (int r = 0; r < R; r++) v[r] = _mm512_xor_si512(load, flip);                                       \
+    BNB__UNROLL for (int m = 0; m < M; m++) {                                                                          \
+        __m512i a = _mm512_loadu_si512(q->codes + m * q->Kp + k);                                                      \
+        BNB__UNROLL for (int r = 0; r < R; r++) acc[r * M + m] = _mm512_dpbusd_epi32(acc[r * M + m], v[r], a);         \
+    }
+    for (; k + 64 <= K; k += 64) {
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * K + k + BNB__PF), _MM_HINT_T0);
+        BNB__STEP(_mm512_loadu_si512(w + r * K + k))
+    }
+    if (k < K) { BNB__STEP(_mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, w + r * K + k)) }
+#undef BNB__STEP
+    BNB__UNROLL for (int r = 0; r < R; r++) {
+        int32_t c[8];
+        BNB__UNROLL for (int m = 0; m < M; m++) c[m] = _mm512_reduce_add_epi32(acc[r * M + m]) - 128 * q->sum[m];
+        bnb__int8_dot_store(l, q, n + r, c);
+    }
+}
+
+/* Phase 0 is one tile: the few rows of x take about a hundredth of the time. */
+static void bnb__int8_dot_begin(const bnb__linear *l, const bnb__int8 *q)
+{
+    for (int64_t m = 0; m < l->M; m++) bnb__int8_quantize(q, (const float *)(l->x + m * l->x_stride), l->w->quant.threshold, m);
+    bnb__int8_columns(q);
+    for (int64_t m = 0; m < l->M; m++) bnb__int8_finish(q, m);
+}
+
+static BNB__VNNI void bnb__dot_int8_vnni(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    bnb__int8 q = bnb__int8_of(job->y, job->work, NULL);
+    if (phase == 0) { bnb__int8_dot_begin(&l, &q); return; }
+    int64_t rows = bnb__dot_rows(l.w), n = tile * rows, n1 = n + rows < l.N ? n + rows : l.N;
+#define BNB__CALL(M, R)                                                                                                \
+    for (; n + R <= n1; n += R) bnb__dot_int8_rows_vnni(&l, &q, n, M, R);                                              \
+    for (; n < n1; n++) bnb__dot_int8_rows_vnni(&l, &q, n, M, 1)
+    BNB__DOT_SWITCH(l.M, BNB__CALL)
+#undef BNB__CALL
+}
+
+static int64_t bnb__dot_int8_tiles(const bnb_tensor *y, int32_t phase) { return phase == 0 ? 1 : bnb__dot_tiles(y->src[1]); }
+static uint64_t bnb__dot_int8_work(const bnb_tensor *y) { uint64_t bytes; bnb__int8_of(y, NULL, &bytes); return bytes; }
+
+/* gemm: phases 0 quantize, 1 columns, 2 finish and pack, 3 product. */
+static BNB__VNNI void bnb__pack_i8_512(const bnb__linear *l, int64_t m0, int64_t g, int64_t ng, uint32_t *out)
+{
+    int64_t Kp = l->x_stride; /* l describes the codes here */
+    for (int64_t i = 0; i < 32 && m0 + i < l->M; i += 16)
+        for (int64_t p = g; p < g + ng; p += 16) {
+            __m512i r[16];
+            BNB__UNROLL for (int q = 0; q < 16; q++)
+                r[q] = m0 + i + q < l->M ? _mm512_loadu_si512(l->x + (m0 + i + q) * Kp + 4 * p) : _mm512_setzero_si512();
+            bnb__transpose_512(r);
+            BNB__UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(out + (p - g + q) * 32 + i, r[q]);
+        }
+}
+
+static BNB__AVX512 void bnb__fill_i8_512(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < ng; i += 16) {
+        int64_t k = 4 * (g + i), left = l->K - k;
+        __m512i v = _mm512_maskz_loadu_epi8(left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1, l->codes + n * l->K + k);
+        _mm512_storeu_si512(out + i, _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)));
+    }
+}
+
+BNB__MICRO_512(bnb__micro_i8_512, BNB__VNNI, BNB__MUL_I8)
+
+typedef struct bnb__int8_gemm {
+    bnb__gemm g;
+    int32_t offset; /* what fill() added to the codes of w */
+    void (*micro_f32)(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c); /* outliers */
+} bnb__int8_gemm;
+
+/* c (i32) to the results of a panel (f32), in place: [nt][mr]. */
+static BNB__AVX2 void bnb__int8_scale_panel(const bnb__gemm *g, const bnb__linear *l, const bnb__int8 *q, int32_t offset,
+                                            int64_t m0, int64_t n0, int64_t nt, float *c)
+{
+    for (int64_t n = 0; n < nt; n++) {
+        float b = bnb__bias(l->bias, n0 + n);
+        __m256 scb = _mm256_set1_ps(bnb__number(BNB_F32, l->w->plane[1], n0 + n)), bias = _mm256_set1_ps(b);
+        for (int64_t i = 0; i < g->mr; i += 8) {
+            __m256i off = _mm256_mullo_epi32(_mm256_loadu_si256((const __m256i *)(q->sum + m0 + i)), _mm256_set1_epi32(offset));
+            __m256 v = _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_loadu_si256((const __m256i *)(c + n * g->mr + i)), off));
+            v = _mm256_mul_ps(_mm256_mul_ps(v, _mm256_loadu_ps(q->sca + m0 + i)), scb);
+            _mm256_storeu_ps(c + n * g->mr + i, _mm256_fmadd_ps(v, _mm256_set1_ps(6.200012e-05f), bias));
+        }
+    }
+}
+
+/* Adds the outlier part: a small f32 gemm over the listed columns, BNB__GEMM_GROUPS of them at a time.
+ * w: [nt][LD], x: [GROUPS][mr], s: [nt][mr] scratch; c [panels][nt][mr] */
+static void bnb__int8_outliers(const bnb__int8_gemm *g, const bnb__linear *l, const bnb__int8 *q, int64_t n0, int64_t m0,
+                               int64_t m1, float *c, float *w, float *x, float *s)
+{
+    int64_t nt = l->N - n0 < g->g.nt ? l->N - n0 : g->g.nt, mr = g->g.mr;
+    for (int64_t j0 = 0; j0 < q->count[0]; j0 += BNB__GEMM_GROUPS) {
+        int64_t nj = q->count[0] - j0 < BNB__GEMM_GROUPS ? q->count[0] - j0 : BNB__GEMM_GROUPS;
+        const int32_t *list = q->list + j0;
+        for (int64_t n = 0; n < nt; n++) {
+            float scb;
+            memcpy(&scb, (const char *)l->w->plane[1] + (n0 + n) * 4, 4);
+            for (int64_t j = 0; j < nj; j++) w[n * BNB__GEMM_LD + j] = bnb__int8_weight((int8_t)l->codes[(n0 + n) * l->K + list[j]], scb);
+        }
+        for (int64_t m = m0; m < m1; m += mr) {
+            for (int64_t i = 0; i < mr; i++)
+                for (int64_t j = 0; j < nj; j++) {
+                    float v = 0;
+                    if (m + i < l->M && bnb__int8_is_outlier(q, m + i, list[j])) memcpy(&v, l->x + (m + i) * l->x_stride + list[j] * 4, 4);
+                    x[j * mr + i] = v;
+                }
+            g->micro_f32(1, l->M - m, nj, (const uint32_t *)x, (const uint32_t *)w, s);
+            for (int64_t i = 0; i < nt * mr; i++) c[(m - m0) * g->g.nt + i] += s[i];
+        }
+    }
+}
+
+static void bnb__int8_gemm_run(const bnb__int8_gemm *g, const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y), codes = l;
+    bnb__int8 q = bnb__int8_of(job->y, job->work, NULL);
+    int64_t mr = g->g.mr;
+    if (phase == 0) { bnb__int8_quantize(&q, (const float *)(l.x + tile * l.x_stride), l.w->quant.threshold, tile); return; }
+    if (phase == 1) { bnb__int8_columns(&q); return; }
+    if (phase == 2) { /* a tile is a panel */
+        for (int64_t m = tile * mr; m < (tile + 1) * mr; m++)
+            if (m < l.M) bnb__int8_finish(&q, m);
+            else q.sca[m] = 0, q.sum[m] = 0;
+        int64_t groups = bnb__gemm_shape_of(&g->g, l.M, l.K).groups;
+        codes.x = (const char *)q.codes, codes.x_stride = q.Kp;
+        g->g.pack(&codes, tile * mr, 0, groups, (uint32_t *)q.packed + tile * groups * mr);
+        return;
+    }
+    int64_t blocks = (l.M + BNB__GEMM_ROWS - 1) / BNB__GEMM_ROWS, n0 = tile / blocks * g->g.nt;
+    int64_t m0 = tile % blocks * BNB__GEMM_ROWS, m1 = m0 + BNB__GEMM_ROWS < l.M ? m0 + BNB__GEMM_ROWS : l.M;
+    int64_t nt = l.N - n0 < g->g.nt ? l.N - n0 : g->g.nt;
+    float *c = bnb__gemm_tile(&g->g, &l, q.packed, job->local, n0, m0, m1);
+    for (int64_t m = m0; m < m1; m += mr) bnb__int8_scale_panel(&g->g, &l, &q, g->offset, m, n0, nt, c + (m - m0) * g->g.nt);
+    if (q.count[0]) {
+        float *x = (float *)((char *)job->local + bnb__gemm_local(&g->g, job->y));
+        bnb__int8_outliers(g, &l, &q, n0, m0, m1, c, (float *)job->local, x, x + BNB__GEMM_GROUPS * mr);
+    }
+    codes = l, codes.bias = NULL;
+    for (int64_t m = m0; m < m1; m += mr) g->g.store(&codes, m, n0, nt, c + (m - m0) * g->g.nt);
+}
+
+static int64_t bnb__int8_gemm_tiles(const bnb__int8_gemm *g, const bnb_tensor *y, int32_t phase)
+{
+    int64_t M = y->src[0]->shape[0];
+    return phase == 0 ? M : phase == 1 ? 1 : phase == 2 ? (M + g->g.mr - 1) / g->g.mr : bnb__gemm_tiles(&g->g, y, 1);
+}
+
+#define BNB__INT8_GEMM_ROW(G)                                                                                          \
+    static int64_t G##_tiles(const bnb_tensor *y, int32_t phase) { return bnb__int8_gemm_tiles(&G, y, phase); }        \
+    static uint64_t G##_work(const bnb_tensor *y) { return bnb__dot_int8_work(y) + bnb__gemm_work(&G.g, y); }          \
+    static uint64_t G##_local(const bnb_tensor *y)                                                                     \
+    {                                                                                                                  \
+        return bnb__gemm_local(&G.g, y) + (uint64_t)((BNB__GEMM_GROUPS + G.g.nt) * G.g.mr) * 4;                        \
+    }                                                                                                                  \
+    static void G##_run(const bnb__job *job, int32_t phase, int64_t tile) { bnb__int8_gemm_run(&G, job, phase, tile); }
+
+static const bnb__int8_gemm bnb__gemm_i8_vnni = {
+    {32, 48, 4, bnb__pack_i8_512, bnb__fill_i8_512, bnb__micro_i8_512, bnb__gemm_store_512}, 128, bnb__micro_f32_512};
+BNB__INT8_GEMM_ROW(bnb__gemm_i8_vnni)
+
+/* ---- the same for AVX2 ---- */
+
+BNB__INLINE BNB__AVX2 __m256 bnb__load_256(const int type, const void *p, int64_t i, int64_t n) /* the first n of 8; zeros */
+{
+    const char *at = (const char *)p + i * (type == BNB_F32 ? 4 : 2);
+    if (type == BNB_F32) return bnb__load_f32_256((const float *)at, n);
+    uint16_t few[8] = {0};
+    if (n < 8 && n > 0) memcpy(few, at, (size_t)n * 2);
+    __m128i h = _mm_loadu_si128((const __m128i *)(n < 8 ? (const char *)few : at));
+    return type == BNB_F16 ? _mm256_cvtph_ps(h) : _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16));
+}
+
+/* The 16 values of a 4-bit type cut into their 4 bytes, one table for vpshufb each. */
+BNB__INLINE BNB__AVX2 void bnb__tables_256(int32_t type, __m256i *table /* [4] */)
+{
+    uint8_t t[4][16];
+    for (int i = 0; i < 16; i++)
+        for (int b = 0; b < 4; b++) t[b][i] = ((const uint8_t *)(type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map))[4 * i + b];
+    for (int b = 0; b < 4; b++) table[b] = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)t[b]));
+}
+
+BNB__INLINE BNB__AVX2 void bnb__decode4_256(const uint8_t *codes /* [16] */, const __m256i *table, __m256 *v /* [4]: 32 in order */)
+{
+    __m128i q = _mm_loadu_si128((const __m128i *)codes), low = _mm_set1_epi8(15);
+    __m128i even = _mm_and_si128(_mm_srli_epi16(q, 4), low), odd = _mm_and_si128(q, low);
+    __m256i i = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_unpacklo_epi8(even, odd)), _mm_unpackhi_epi8(even, odd), 1);
+    /* the unpacks below work in halves: give the low half fours 0 2 4 6 and the high half 1 3 5 7 */
+    i = _mm256_permutevar8x32_epi32(i, _mm256_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7));
+    __m256i b0 = _mm256_shuffle_epi8(table[0], i), b1 = _mm256_shuffle_epi8(table[1], i);
+    __m256i b2 = _mm256_shuffle_epi8(table[2], i), b3 = _mm256_shuffle_epi8(table[3], i);
+    __m256i lo = _mm256_unpacklo_epi8(b0, b1), hi = _mm256_unpacklo_epi8(b2, b3);
+    v[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lo, hi)), v[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lo, hi));
+    lo = _mm256_unpackhi_epi8(b0, b1), hi = _mm256_unpackhi_epi8(b2, b3);
+    v[2] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(lo, hi)), v[3] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(lo, hi));
+}
+
+/* One row of w, any type but int8. Two partial sums for each row of x where there is room: additions take time. */
+BNB__INLINE BNB__AVX2 void bnb__dot_row_256(const bnb__linear *l, int64_t n, const int type, const __m256i *table, const int M)
+{
+    const float *x[8];
+    __m256 sum[16], v[4];
+    int64_t K = l->K, k = 0, first = n * K, left;
+    const int P = M <= 4 ? 2 : 1;
+    int shift = type >= BNB_NF4 ? __builtin_ctz((unsigned)l->w->quant.blocksize) : 0;
+    BNB__UNROLL for (int i = 0; i < 16; i++) sum[i] = _mm256_setzero_ps();
+    BNB__UNROLL for (int m = 0; m < M; m++) x[m] = (const float *)(l->x + (m < l->M ? m : l->M - 1) * l->x_stride);
+    for (; k + 32 <= K; k += 32) {
+        if (type >= BNB_NF4) {
+            const uint8_t *q = l->codes + (first + k) / 2;
+            if (!(k & 127)) _mm_prefetch((const char *)q + BNB__PF, _MM_HINT_T0);
+            bnb__decode4_256(q, table, v);
+            __m256 a = _mm256_set1_ps(bnb__absmax(l->w, (first + k) >> shift));
+            BNB__UNROLL for (int i = 0; i < 4; i++) v[i] = _mm256_mul_ps(v[i], a);
+        } else {
+            BNB__UNROLL for (int i = 0; i < 4; i++) v[i] = bnb__load_256(type, l->codes, first + k + 8 * i, 8);
+        }
+        BNB__UNROLL for (int m = 0; m < M; m++)
+            BNB__UNROLL for (int i = 0; i < 4; i++)
+                sum[m * P + i % P] = _mm256_fmadd_ps(v[i], _mm256_loadu_ps(x[m] + k + 8 * i), sum[m * P + i % P]);
+    }
+    for (; type < BNB_NF4 && (left = K - k) > 0; k += 8) {
+        v[0] = bnb__load_256(type, l->codes, first + k, left);
+        BNB__UNROLL for (int m = 0; m < M; m++) sum[m * P] = _mm256_fmadd_ps(v[0], bnb__load_f32_256(x[m] + k, left), sum[m * P]);
+    }
+    if (P == 2) {
+        BNB__UNROLL for (int m = 0; m < 8; m++) sum[m] = _mm256_add_ps(sum[2 * m], sum[2 * m + 1]);
+    }
+    bnb__dot_store(l, n, sum, M, 1);
+}
+
+static BNB__AVX2 void bnb__dot_256(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    int64_t rows = bnb__dot_rows(l.w), n = tile * rows, n1 = n + rows < l.N ? n + rows : l.N;
+    __m256i table[4];
+    bnb__tables_256(l.w->type, table);
+    (void)phase;
+#define BNB__CALL(M, R)                                                                                                \
+    for (; n < n1; n++)                                                                                                \
+        if (l.w->type == BNB_F32) bnb__dot_row_256(&l, n, BNB_F32, table, M);                                          \
+        else if (l.w->type == BNB_F16) bnb__dot_row_256(&l, n, BNB_F16, table, M);                                     \
+        else if (l.w->type == BNB_BF16) bnb__dot_row_256(&l, n, BNB_BF16, table, M);                                   \
+        else bnb__dot_row_256(&l, n, BNB_NF4, table, M)
+    BNB__DOT_SWITCH(l.M, BNB__CALL)
+#undef BNB__CALL
+}
+
+static BNB__AVX2 void bnb__dot_int8_256(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__linear l = bnb__linear_of(job->y);
+    bnb__int8 q = bnb__int8_of(job->y, job->work, NULL);
+    if (phase == 0) { bnb__int8_dot_begin(&l, &q); return; }
+    int64_t rows = bnb__dot_rows(l.w), n = tile * rows, n1 = n + rows < l.N ? n + rows : l.N;
+    for (; n < n1; n++) {
+        __m256i acc[8];
+        int32_t c[8];
+        BNB__UNROLL for (int m = 0; m < 8; m++) acc[m] = _mm256_setzero_si256();
+        for (int64_t k = 0; k < l.K; k += 16) {
+            uint8_t few[16] = {0};
+            const uint8_t *w = l.codes + n * l.K + k;
+            if (l.K - k < 16) memcpy(few, w, (size_t)(l.K - k)), w = few;
+            __m256i v = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w));
+            BNB__UNROLL for (int m = 0; m < 8; m++)
+                if (m < l.M) acc[m] = _mm256_add_epi32(acc[m], _mm256_madd_epi16(v, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(q.codes + m * q.Kp + k)))));
+        }
+        __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(acc[0], acc[1]), _mm256_hadd_epi32(acc[2], acc[3]));
+        __m256i t = _mm256_hadd_epi32(_mm256_hadd_epi32(acc[4], acc[5]), _mm256_hadd_epi32(acc[6], acc[7]));
+        _mm256_storeu_si256((__m256i *)c, _mm256_add_epi32(_mm256_permute2x128_si256(s, t, 0x20), _mm256_permute2x128_si256(s, t, 0x31)));
+        bnb__int8_dot_store(&l, &q, n, c);
+    }
+}
+
+BNB__INLINE BNB__AVX2 void bnb__transpose_256(__m256i *r) /* [8] vectors of 8 lanes */
+{
+    __m256i t[8];
+    BNB__UNROLL for (int i = 0; i < 8; i += 2) t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]), t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    BNB__UNROLL for (int i = 0; i < 8; i += 4) {
+        r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+    BNB__UNROLL for (int i = 0; i < 4; i++) {
+        t[i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x20);
+        t[4 + i] = _mm256_permute2x128_si256(r[i], r[4 + i], 0x31);
+    }
+    BNB__UNROLL for (int i = 0; i < 8; i++) r[i] = t[i];
+}
+
+static BNB__AVX2 void bnb__gemm_store_256(const bnb__linear *l, int64_t m0, int64_t n0, int64_t nt, const float *c)
+{
+    for (int64_t i = 0; i < 16 && m0 + i < l->M; i += 8)
+        for (int64_t j = 0; j < nt; j += 8) {
+            __m256i r[8], mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(nt - j)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+            float b[8];
+            for (int q = 0; q < 8; q++) b[q] = j + q < nt ? bnb__bias(l->bias, n0 + j + q) : 0.0f;
+            BNB__UNROLL for (int q = 0; q < 8; q++) r[q] = _mm256_load_si256((const __m256i *)(c + (j + q) * 16 + i));
+            bnb__transpose_256(r);
+            BNB__UNROLL for (int q = 0; q < 8; q++)
+                if (m0 + i + q < l->M)
+                    _mm256_maskstore_ps(l->y + (m0 + i + q) * l->N + n0 + j, mask, _mm256_add_ps(_mm256_castsi256_ps(r[q]), _mm256_loadu_ps(b)));
+        }
+}
+
+#define BNB__MICRO_256(name, MUL)                                                                                      \
+    BNB__INLINE BNB__AVX2 void name##_block(int first, int64_t ng, const uint32_t *x, const uint32_t *w, float *c,     \
+                                            const int V, const int N)                                                  \
+    {                                                                                                                  \
+        __m256i acc[12], v[2];                                                                                         \
+        BNB__UNROLL for (int i = 0; i < V * N; i++)                                                                    \
+            acc[i] = first ? _mm256_setzero_si256() : _mm256_load_si256((__m256i *)(c + i / V * 16 + i % V * 8));      \
+        for (int64_t g = 0; g < ng; g++) {                                                                             \
+            BNB__UNROLL for (int i = 0; i < V; i++) v[i] = _mm256_load_si256((const __m256i *)(x + g * 16 + i * 8));   \
+            BNB__UNROLL for (int n = 0; n < N; n++) {                                                                  \
+                __m256i b = _mm256_set1_epi32((int)w[n * BNB__GEMM_LD + g]);                                           \
+                BNB__UNROLL for (int i = 0; i < V; i++) acc[n * V + i] = MUL(acc[n * V + i], v[i], b);                 \
+            }                                                                                                          \
+        }                                                                                                              \
+        BNB__UNROLL for (int i = 0; i < V * N; i++) _mm256_store_si256((__m256i *)(c + i / V * 16 + i % V * 8), acc[i]); \
+    }                                                                                                                  \
+    static BNB__AVX2 void name(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c)    \
+    {                                                                                                                  \
+        for (int n = 0; n < 48; n += rows > 8 ? 6 : 12)                                                                \
+            if (rows > 8) name##_block(first, ng, x, w + n * BNB__GEMM_LD, c + n * 16, 2, 6);                          \
+            else name##_block(first, ng, x, w + n * BNB__GEMM_LD, c + n * 16, 1, 12);                                  \
+    }
+#define BNB__MUL_F32_256(a, x, w) _mm256_castps_si256(_mm256_fmadd_ps(_mm256_castsi256_ps(x), _mm256_castsi256_ps(w), _mm256_castsi256_ps(a)))
+#define BNB__MUL_I16_256(a, x, w) _mm256_add_epi32(a, _mm256_madd_epi16(x, w))
+BNB__MICRO_256(bnb__micro_f32_256, BNB__MUL_F32_256)
+BNB__MICRO_256(bnb__micro_i16_256, BNB__MUL_I16_256)
+
+/* R: lanes p .. p + 8 of row m */
+#define BNB__PACK_256(name, R)                                                                                         \
+    static BNB__AVX2 void name(const bnb__linear *l, int64_t m0, int64_t g, int64_t ng, uint32_t *out)                 \
+    {                                                                                                                  \
+        for (int64_t i = 0; i < 16 && m0 + i < l->M; i += 8)                                                           \
+            for (int64_t p = g; p < g + ng; p += 8) {                                                                  \
+                __m256i r[8];                                                                                          \
+                BNB__UNROLL for (int q = 0; q < 8; q++) {                                                              \
+                    const char *x = l->x + (m0 + i + q) * l->x_stride;                                                 \
+                    r[q] = m0 + i + q < l->M ? R : _mm256_setzero_si256();                                             \
+                }                                                                                                      \
+                bnb__transpose_256(r);                                                                                 \
+                BNB__UNROLL for (int q = 0; q < 8; q++) _mm256_store_si256((__m256i *)(out + (p - g + q) * 16 + i), r[q]); \
+            }                                                                                                          \
+    }
+BNB__PACK_256(bnb__pack_f32_256, _mm256_castps_si256(bnb__load_f32_256((const float *)x + p, l->K - p)))
+BNB__PACK_256(bnb__pack_i16_256, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + 2 * p))))
+
+static BNB__AVX2 void bnb__fill_f32_256(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < ng; i += 8) {
+        int64_t e = n * l->K + g + i, left = l->K - g - i;
+        _mm256_storeu_ps((float *)out + i, l->w->type == BNB_F32   ? bnb__load_256(BNB_F32, l->codes, e, left)
+                                           : l->w->type == BNB_F16 ? bnb__load_256(BNB_F16, l->codes, e, left)
+                                                                   : bnb__load_256(BNB_BF16, l->codes, e, left));
+    }
+}
+
+static BNB__AVX2 void bnb__fill4_f32_256(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    __m256i table[4];
+    __m256 v[4];
+    int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);
+    bnb__tables_256(l->w->type, table);
+    for (int64_t i = 0; i < ng; i += 32) {
+        if (g + i >= l->K) { memset(out + i, 0, (size_t)(ng - i) * 4); return; }
+        int64_t e = n * l->K + g + i;
+        bnb__decode4_256(l->codes + e / 2, table, v);
+        __m256 a = _mm256_set1_ps(bnb__absmax(l->w, e >> shift));
+        BNB__UNROLL for (int j = 0; j < 4; j++) _mm256_storeu_ps((float *)out + i + 8 * j, _mm256_mul_ps(v[j], a));
+    }
+}
+
+static BNB__AVX2 void bnb__fill_i16_256(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < ng; i += 8) {
+        int64_t k = 2 * (g + i), left = l->K - k;
+        uint8_t few[16] = {0};
+        const uint8_t *w = l->codes + n * l->K + k;
+        if (left < 16) {
+            if (left > 0) memcpy(few, w, (size_t)left);
+            w = few;
+        }
+        _mm256_storeu_si256((__m256i *)(out + i), _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)w)));
+    }
+}
+
+static const bnb__int8_gemm bnb__gemm_i8_256 = {
+    {16, 48, 2, bnb__pack_i16_256, bnb__fill_i16_256, bnb__micro_i16_256, bnb__gemm_store_256}, 0, bnb__micro_f32_256};
+BNB__INT8_GEMM_ROW(bnb__gemm_i8_256)
+
+#define BNB__GEMMS(X)                                                                                                  \
+    X(bnb__gemm_f32_512, 1, bnb__pack_f32_512, bnb__fill_f32_f32_512, bnb__micro_f32_512)                              \
+    X(bnb__gemm_f16_512, 1, bnb__pack_f32_512, bnb__fill_f16_f32_512, bnb__micro_f32_512)                              \
+    X(bnb__gemm_bf16_512, 1, bnb__pack_f32_512, bnb__fill_bf16_f32_512, bnb__micro_f32_512)                            \
+    X(bnb__gemm_4bit_512, 1, bnb__pack_f32_512, bnb__fill4_f32_512, bnb__micro_f32_512)                                \
+    X(bnb__gemm_f16_bf16, 2, bnb__pack_bf16_512, bnb__fill_f16_bf16_512, bnb__micro_bf16_512)                          \
+    X(bnb__gemm_bf16_bf16, 2, bnb__pack_bf16_512, bnb__fill_bf16_bf16_512, bnb__micro_bf16_512)                        \
+    X(bnb__gemm_4bit_bf16, 2, bnb__pack_bf16_512, bnb__fill4_bf16_512, bnb__micro_bf16_512)
+static const bnb__gemm bnb__gemm_f32_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill_f32_256, bnb__micro_f32_256, bnb__gemm_store_256};
+BNB__GEMM_ROW(bnb__gemm_f32_256)
+static const bnb__gemm bnb__gemm_4bit_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill4_f32_256, bnb__micro_f32_256, bnb__gemm_store_256};
+BNB__GEMM_ROW(bnb__gemm_4bit_256)
+#define BNB__X(name, group, pack, fill, micro)                                                                         \
+    static const bnb__gemm name = {32, 48, group, pack, fill, micro, bnb__gemm_store_512};                             \
+    BNB__GEMM_ROW(name)
+BNB__GEMMS(BNB__X)
+#undef BNB__X
+
+#define BNB__ROW_DOT4(name, type) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, bnb__dot4_512}
+#define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
+#define BNB__ROW_GEMM(name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, 9, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
+static const bnb__kernel bnb__fast_kernels[] = {
+    BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4),
+    BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4),
+    BNB__ROW_DOT("linear_f16_dot_avx512", BNB_F16, bnb__dot_f16_512),
+    BNB__ROW_DOT("linear_bf16_dot_avx512", BNB_BF16, bnb__dot_bf16_512),
+    BNB__ROW_DOT("linear_f32_dot_avx512", BNB_F32, bnb__dot_f32_512),
+    {"linear_int8_dot_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 1, 8, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 2, bnb__dot_int8_tiles, bnb__dot_int8_work, NULL, bnb__dot_int8_vnni},
+    {"linear_int8_gemm_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 4, bnb__gemm_i8_vnni_tiles, bnb__gemm_i8_vnni_work, bnb__gemm_i8_vnni_local, bnb__gemm_i8_vnni_run},
+    BNB__ROW_GEMM("linear_nf4_gemm_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
+    BNB__ROW_GEMM("linear_fp4_gemm_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
+    BNB__ROW_GEMM("linear_f16_gemm_bf16_avx512", BNB_F16, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, NULL, bnb__gemm_f16_bf16),
+    BNB__ROW_GEMM("linear_bf16_gemm_bf16_avx512", BNB_BF16, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, NULL, bnb__gemm_bf16_bf16),
+    BNB__ROW_GEMM("linear_nf4_gemm_avx512", BNB_NF4, -1, BNB_CPU_AVX512, bnb__fits4, bnb__gemm_4bit_512),
+    BNB__ROW_GEMM("linear_fp4_gemm_avx512", BNB_FP4, -1, BNB_CPU_AVX512, bnb__fits4, bnb__gemm_4bit_512),
+    BNB__ROW_GEMM("linear_f16_gemm_avx512", BNB_F16, -1, BNB_CPU_AVX512, NULL, bnb__gemm_f16_512),
+    BNB__ROW_GEMM("linear_bf16_gemm_avx512", BNB_BF16, -1, BNB_CPU_AVX512, NULL, bnb__gemm_bf16_512),
+    BNB__ROW_GEMM("linear_f32_gemm_avx512", BNB_F32, -1, BNB_CPU_AVX512, NULL, bnb__gemm_f32_512),
+    {"linear_int8_dot_avx2", BNB_OP_LINEAR, BNB_INT8, -1, 1, 8, BNB_CPU_AVX2, NULL, 2, bnb__dot_int8_tiles, bnb__dot_int8_work, NULL, bnb__dot_int8_256},
+    {"linear_int8_gemm_avx2", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AVX2, NULL, 4, bnb__gemm_i8_256_tiles, bnb__gemm_i8_256_work, bnb__gemm_i8_256_local, bnb__gemm_i8_256_run},
+#define BNB__ROW_DOT2(name, type, fits) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX2, fits, 1, bnb__dot_plain_tiles, NULL, NULL, bnb__dot_256}
+    BNB__ROW_DOT2("linear_nf4_dot_avx2", BNB_NF4, bnb__fits4),
+    BNB__ROW_DOT2("linear_fp4_dot_avx2", BNB_FP4, bnb__fits4),
+    BNB__ROW_DOT2("linear_f16_dot_avx2", BNB_F16, NULL),
+    BNB__ROW_DOT2("linear_bf16_dot_avx2", BNB_BF16, NULL),
+    BNB__ROW_DOT2("linear_f32_dot_avx2", BNB_F32, NULL),
+    BNB__ROW_GEMM("linear_nf4_gemm_avx2", BNB_NF4, -1, BNB_CPU_AVX2, bnb__fits4, bnb__gemm_4bit_256),
+    BNB__ROW_GEMM("linear_fp4_gemm_avx2", BNB_FP4, -1, BNB_CPU_AVX2, bnb__fits4, bnb__gemm_4bit_256),
+    BNB__ROW_GEMM("linear_f16_gemm_avx2", BNB_F16, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
+    BNB__ROW_GEMM("linear_bf16_gemm_avx2", BNB_BF16, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
+    BNB__ROW_GEMM("linear_f32_gemm_avx2", BNB_F32, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
+};
+#endif
+
+/* ---- reference kernels: plain C, in the order of the ops. A tile is a row unless the kernel says otherwise. ---- */
+
+static int64_t bnb__tiles_rows(const bnb_tensor *y, int32_t phase) { (void)phase; return y->shape[0]; }
+static int64_t bnb__tiles_columns(const bnb_tensor *y, int32_t phase) { (void)phase; return y->shape[1]; }
+
+static void bnb__embed_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const bnb_tensor *table = j->y->src[0];
+    int64_t id = ((const int32_t *)j->y->src[1]->plane[0])[t]; /* in range: bnb__check_indices */
+    (void)phase;
+    bnb__load_f32(table->type, (const char *)table->plane[0] + id * table->stride[0], 0, table->shape[1], bnb__row_out(j->y, t));
+}
+
+/* y[:, n] for one n: the weight's row is restored to f32 once [K], sums are in double. */
+static uint64_t bnb__linear_ref_local(const bnb_tensor *y) { return (uint64_t)y->src[0]->shape[1] * sizeof(float); }
+
+static void bnb__linear_ref(const bnb__job *j, int32_t phase, int64_t n) {
+    const bnb_tensor *y = j->y, *x = y->src[0], *w = y->src[1], *bias = y->src[2];
+    int64_t M = y->shape[0], K = x->shape[1];
+    float *row = j->local, b = 0;
+    (void)phase;
+    if (bnb_type_is_quantized(w->type)) bnb__dequant_row(w, n * K, K, row);
+    else bnb__load_f32(w->type, (const char *)w->plane[0] + n * w->stride[0], 0, K, row);
+    if (bias) bnb__load_f32(bias->type, bias->plane[0], n, 1, &b);
+    for (int64_t m = 0; m < M; m++) {
+        const float *a = bnb__row(x, m);
+        double sum = b;
+        for (int64_t k = 0; k < K; k++) sum += (double)a[k] * row[k];
+        bnb__row_out(y, m)[n] = (float)sum;
+    }
+}
+
+/* LLM.int8(). The result of the int8 product stays f32, as in bitsandbytes on a CPU with f32 activations; its CUDA kernels
+ * round it to f16 here, which overflows above 65504. 6.200012e-05 is 1/127^2. Phase 0, tile m: quantize row m of x. Phase 1, one tile: columns that
+ * hold an outlier. Phase 2, tile n: y[:, n]. work: codes i8 [M, K] | row scales f32 [M] | outlier columns u8 [K] */
+static uint64_t bnb__int8_ref_work(const bnb_tensor *y) {
+    uint64_t M = (uint64_t)y->shape[0], K = (uint64_t)y->src[0]->shape[1];
+    return M * 4 + M * K + K;
+}
+static int64_t bnb__int8_ref_tiles(const bnb_tensor *y, int32_t phase) {
+    return phase == 0 ? y->shape[0] : phase == 1 ? 1 : y->shape[1];
+}
+
+static float bnb__round_f16(float v) { return bnb__f16_to_f32(bnb__f32_to_f16(v)); }
+
+static int bnb__is_outlier(const bnb_quant *q, float x) { return q->threshold > 0 && fabsf(bnb__round_f16(x)) >= q->threshold; }
+
+static void bnb__int8_ref(const bnb__job *j, int32_t phase, int64_t tile) {
+    const bnb_tensor *y = j->y, *x = y->src[0], *w = y->src[1], *bias = y->src[2];
+    const bnb_quant *q = &w->quant;
+    int64_t M = y->shape[0], K = x->shape[1];
+    float *scales = j->work;
+    int8_t *codes = (int8_t *)(scales + M);
+    uint8_t *outlier = (uint8_t *)codes + M * K;
+    int by_column = M > 1 && q->outlier_rule == BNB_OUTLIER_COLUMN;
+    if (phase == 0) {
+        const float *a = bnb__row(x, tile);
+        float top = 0;
+        for (int64_t k = 0; k < K; k++)
+            if (!bnb__is_outlier(q, a[k])) top = fmaxf(top, fabsf(bnb__round_f16(a[k])));
+        float s = 127.0f * bnb__rcp_cuda(top);
+        for (int64_t k = 0; k < K; k++) {
+            float v = rintf(bnb__round_f16(a[k]) * s);
+            codes[tile * K + k] = top == 0 || bnb__is_outlier(q, a[k]) || !(fabsf(v) <= 127) ? 0 : (int8_t)v;
+        }
+        scales[tile] = top;
+    } else if (phase == 1) {
+        for (int64_t k = 0; k < K; k++) {
+            outlier[k] = 0;
+            for (int64_t m = 0; m < M && !outlier[k]; m++) outlier[k] = (uint8_t)bnb__is_outlier(q, bnb__row(x, m)[k]);
+            for (int64_t m = 0; m < M && outlier[k] && by_column; m++) codes[m * K + k] = 0;
+        }
+    } else {
+        const int8_t *c = (const int8_t *)w->plane[0] + tile * K;
+        float scb = ((const float *)w->plane[1])[tile], b = 0;
+        if (bias) bnb__load_f32(bias->type, bias->plane[0], tile, 1, &b);
+        for (int64_t m = 0; m < M; m++) {
+            int32_t sum = 0;
+            for (int64_t k = 0; k < K; k++) sum += (int32_t)codes[m * K + k] * c[k];
+            float out = fmaf((float)sum * scales[m] * scb, 6.200012e-05f, b);
+            double extra = 0;
+            for (int64_t k = 0; k < K; k++)
+                if (outlier[k] && (by_column || bnb__is_outlier(q, bnb__row(x, m)[k])))
+                    extra += (double)bnb__row(x, m)[k] * ((float)c[k] * scb * 7.874015718698502e-3f);
+            bnb__row_out(y, m)[tile] = out + (float)extra;
+        }
+    }
+}
+
+static void bnb__norm_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const bnb_tensor *y = j->y, *w = y->src[1], *b = y->src[2];
+    int64_t C = y->shape[1];
+    const float *x = bnb__row(y->src[0], t);
+    float *out = bnb__row_out(y, t);
+    double mean = 0, var = 0;
+    (void)phase;
+    if (y->op == BNB_OP_LAYER_NORM) {
+        for (int64_t i = 0; i < C; i++) mean += x[i];
+        mean /= (double)C;
+    }
+    for (int64_t i = 0; i < C; i++) var += (x[i] - mean) * (x[i] - mean);
+    double scale = 1 / sqrt(var / (double)C + y->params.norm.eps);
+    for (int64_t i = 0; i < C; i++) {
+        float wi = 1, bi = 0;
+        if (w) bnb__load_f32(w->type, w->plane[0], i, 1, &wi);
+        if (b) bnb__load_f32(b->type, b->plane[0], i, 1, &bi);
+        out[i] = (float)((x[i] - mean) * scale) * wi + bi;
+    }
+}
+
+/* add, mul: b is a row of its own for each row of a, or one row for all */
+static void bnb__pair_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const bnb_tensor *y = j->y, *b = y->src[1];
+    const float *a = bnb__row(y->src[0], t);
+    float *out = bnb__row_out(y, t);
+    (void)phase;
+    for (int64_t i = 0; i < y->shape[1]; i++) {
+        float v;
+        if (b->n_dims == 2) v = bnb__row(b, t)[i];
+        else bnb__load_f32(b->type, b->plane[0], i, 1, &v);
+        out[i] = y->op == BNB_OP_ADD ? a[i] + v : a[i] * v;
+    }
+}
+
+static float bnb__unary(const bnb_tensor *y, float x) {
+    switch (y->op) {
+    case BNB_OP_SCALE: return x * y->params.scale.factor;
+    case BNB_OP_GELU: return 0.5f * x * (1.0f + erff(x * 0.70710678f));
+    case BNB_OP_GELU_TANH: return 0.5f * x * (1.0f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case BNB_OP_SILU: return x / (1.0f + expf(-x));
+    default: return x > 0 ? x : x != x ? x : 0; /* relu keeps NaN */
+    }
+}
+
+static void bnb__unary_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const float *x = bnb__row(j->y->src[0], t);
+    float *out = bnb__row_out(j->y, t);
+    (void)phase;
+    for (int64_t i = 0; i < j->y->shape[1]; i++) out[i] = bnb__unary(j->y, x[i]);
+}
+
+/* x [n] -> exp(x - max), returns the sum; in place is fine */
+static double bnb__exp_row(const float *x, float *out, int64_t n) {
+    float top = -INFINITY;
+    double sum = 0;
+    for (int64_t i = 0; i < n; i++) top = x[i] > top || x[i] != x[i] ? x[i] : top;
+    for (int64_t i = 0; i < n; i++) sum += out[i] = expf(x[i] - top);
+    return sum;
+}
+
+static void bnb__softmax_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    float *out = bnb__row_out(j->y, t);
+    int64_t n = j->y->shape[1];
+    (void)phase;
+    double sum = bnb__exp_row(bnb__row(j->y->src[0], t), out, n);
+    for (int64_t i = 0; i < n; i++) out[i] = (float)(out[i] / sum);
+}
+
+static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->src[1]->shape[0]; }
+
+static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const bnb_tensor *cache = j->y->src[0], *x = j->y->src[1];
+    int64_t row = ((const int32_t *)j->y->src[2]->plane[0])[t]; /* in range: bnb__check_indices */
+    (void)phase;
+    bnb_convert(BNB_F32, bnb__row(x, t), cache->type, (char *)cache->plane[0] + row * cache->stride[0], x->shape[1], NULL);
+}
+
+/* Tile: one head of one row. local: scores f32 [R] | one key or value f32 [D] */
+static int64_t bnb__attention_tiles(const bnb_tensor *y, int32_t phase) {
+    (void)phase;
+    return y->shape[0] * y->params.attention.n_head;
+}
+static uint64_t bnb__attention_local(const bnb_tensor *y) {
+    return (uint64_t)(y->src[1]->shape[0] + y->shape[1] / y->params.attention.n_head) * sizeof(float);
+}
+
+static void bnb__attention_ref(const bnb__job *j, int32_t phase, int64_t tile) {
+    const bnb_tensor *y = j->y, *k = y->src[1], *v = y->src[2];
+    int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads, t = tile / heads, h = tile % heads;
+    int64_t kv = h / (heads / y->params.attention.n_head_kv), size = bnb_type_bits(k->type) / 8;
+    const int32_t *span = (const int32_t *)y->src[3]->plane[0] + 2 * t; /* in range: bnb__check_indices */
+    const float *q = bnb__row(y->src[0], t) + h * D;
+    float *out = bnb__row_out(y, t) + h * D, *scores = j->local, *row = scores + k->shape[0];
+    int64_t n = span[1] - span[0];
+    (void)phase;
+    for (int64_t r = 0; r < n; r++) {
+        bnb__load_f32(k->type, (const char *)k->plane[0] + (span[0] + r) * k->stride[0] + kv * D * size, 0, D, row);
+        double dot = 0;
+        for (int64_t d = 0; d < D; d++) dot += (double)q[d] * row[d];
+        scores[r] = (float)dot * y->params.attention.scale;
+    }
+    double sum = bnb__exp_row(scores, scores, n);
+    for (int64_t d = 0; d < D; d++) out[d] = 0;
+    for (int64_t r = 0; r < n; r++) {
+        bnb__load_f32(v->type, (const char *)v->plane[0] + (span[0] + r) * v->stride[0] + kv * D * size, 0, D, row);
+        float p = (float)(scores[r] / sum);
+        for (int64_t d = 0; d < D; d++) out[d] += p * row[d];
+    }
+}
+
+#define BNB__ANY_M 0, INT64_MAX
+static const bnb__kernel bnb__reference_kernels[] = {
+    {"embed_ref", BNB_OP_EMBED, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__embed_ref},
+    {"linear_int8_ref", BNB_OP_LINEAR, BNB_INT8, -1, BNB__ANY_M, 0, NULL, 3, bnb__int8_ref_tiles, bnb__int8_ref_work, NULL, bnb__int8_ref},
+    {"linear_ref", BNB_OP_LINEAR, -1, BNB_F32, BNB__ANY_M, 0, NULL, 1, bnb__tiles_columns, NULL, bnb__linear_ref_local, bnb__linear_ref},
+    {"layer_norm_ref", BNB_OP_LAYER_NORM, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__norm_ref},
+    {"rms_norm_ref", BNB_OP_RMS_NORM, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__norm_ref},
+    {"add_ref", BNB_OP_ADD, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__pair_ref},
+    {"mul_ref", BNB_OP_MUL, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__pair_ref},
+    {"scale_ref", BNB_OP_SCALE, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
+    {"gelu_ref", BNB_OP_GELU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
+    {"gelu_tanh_ref", BNB_OP_GELU_TANH, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
+    {"relu_ref", BNB_OP_RELU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
+    {"silu_ref", BNB_OP_SILU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
+    {"softmax_ref", BNB_OP_SOFTMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__softmax_ref},
+    {"set_rows_ref", BNB_OP_SET_ROWS, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__set_rows_tiles, NULL, NULL, bnb__set_rows_ref},
+    {"attention_ref", BNB_OP_ATTENTION, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__attention_tiles, NULL, bnb__attention_local, bnb__attention_ref},
+};
+
+static int bnb__kernel_fits(const bnb__kernel *k, const bnb_tensor *y, uint32_t cpu, int32_t compute) {
+    if (k->op != y->op || (k->cpu & ~cpu) || (k->cpu && !(cpu & BNB_CPU_FAST))) return 0;
+    int32_t type = y->op == BNB_OP_LINEAR || y->op == BNB_OP_ATTENTION ? y->src[1]->type : -1;
+    if (k->type != -1 && k->type != type) return 0;
+    if (k->cpu && y->op == BNB_OP_LINEAR && y->src[1]->view) return 0; /* fast kernels read a weight's planes, not some columns */
+    if (y->shape[0] < k->m_min || y->shape[0] > k->m_max) return 0;
+    /* f32 weights are computed in f32 unless bf16 was asked for; f32 serves where there is no bf16 kernel */
+    if (k->compute == BNB_BF16 && (compute == BNB_F32 || (compute == BNB_COMPUTE_AUTO && type == BNB_F32))) return 0;
+    return !k->fits || k->fits(y);
+}
+
+static const bnb__kernel *bnb__kernel_find(const bnb_tensor *y, uint32_t cpu, int32_t compute) {
+    for (int32_t i = 0; i < BNB__COUNT(bnb__fast_kernels); i++)
+        if (bnb__kernel_fits(&bnb__fast_kernels[i], y, cpu, compute)) return &bnb__fast_kernels[i];
+    for (int32_t i = 0; i < BNB__COUNT(bnb__reference_kernels); i++)
+        if (bnb__kernel_fits(&bnb__reference_kernels[i], y, cpu, compute)) return &bnb__reference_kernels[i];
+    return NULL;
+}
+
+/* ---- running ---- */
+
+typedef struct bnb__step { /* one phase of one node */
+    const bnb__kernel *kernel;
+    const bnb_tensor *y;
+    int32_t node, phase;
+    int64_t tiles;
+} bnb__step;
+
+typedef struct bnb__cpu_plan {
+    bnb_env *env;
+    const bnb_graph *graph;
+    const bnb__kernel **kernels; /* [n_nodes]; NULL for views */
+    bnb__step *steps;            /* [n_steps] */
+    _Atomic int64_t *next;       /* [n_steps]: tiles handed out */
+    int32_t n_steps;
+    uint64_t bytes;              /* of this allocation */
+    uint64_t work, local;        /* scratch: shared, and for each thread */
+    char *scratch;               /* of the present run */
+    double *times;               /* [n_nodes] or NULL */
+} bnb__cpu_plan;
+
+static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_params *params, uint64_t *scratch, bnb_error *err) {
+    enum { MAX_PHASES = 4 };
+    bnb_env *env = dev;
+    uint64_t n = (uint64_t)g->n_nodes;
+    uint64_t bytes = sizeof(bnb__cpu_plan) + n * sizeof(bnb__kernel *) + n * MAX_PHASES * (sizeof(bnb__step) + sizeof(int64_t));
+    bnb__cpu_plan *p = bnb_alloc(env, bytes, err);
+    if (!p) return NULL;
+    p->env = env;
+    p->graph = g;
+    p->bytes = bytes;
+    p->steps = (bnb__step *)(p + 1);
+    p->next = (_Atomic int64_t *)(p->steps + n * MAX_PHASES);
+    p->kernels = (const bnb__kernel **)(p->next + n * MAX_PHASES);
+    for (int32_t i = 0; i < g->n_nodes; i++) {
+        const bnb_tensor *y = g->nodes[i];
+        if (bnb__ops[y->op].flags & BNB__VIEW) continue;
+        const bnb__kernel *k = p->kernels[i] = bnb__kernel_find(y, env->cpu, params->compute_dtype);
+        if (!k) {
+            bnb_fail(err, BNB_E_UNSUPPORTED, "%s: the CPU has no kernel for it", y->name);
+            bnb_free(env, p, bytes);
+            return NULL;
+        }
+        if (k->work) p->work = BNB__MAX(p->work, k->work(y));
+        if (k->local) p->local = BNB__MAX(p->local, k->local(y));
+        for (int32_t phase = 0; phase < k->phases; phase++)
+            p->steps[p->n_steps++] = (bnb__step){k, y, i, phase, k->tiles(y, phase)};
+    }
+    p->work = bnb__align_up(p->work, 4096); /* threads do not share pages */
+    p->local = bnb__align_up(p->local, 4096);
+    *scratch = p->work + p->local * (uint64_t)env->pool.n;
+    return p;
+}
+
+static void bnb__cpu_release(void *dev, void *compiled) { bnb_free(dev, compiled, ((bnb__cpu_plan *)compiled)->bytes); }
+
+static const char *bnb__cpu_describe(const void *compiled, int32_t node) {
+    const bnb__kernel *k = ((const bnb__cpu_plan *)compiled)->kernels[node];
+    return k ? k->name : "view";
+}
+
+/* Indices are data from outside: what they point at is checked before any kernel follows them. */
+static bnb_status bnb__check_indices(const bnb_graph *g, bnb_error *err) {
+    for (int32_t i = 0; i < g->n_nodes; i++) {
+        const bnb_tensor *y = g->nodes[i];
+        int32_t attend = y->op == BNB_OP_ATTENTION, at = attend ? 3 : y->op == BNB_OP_SET_ROWS ? 2 : y->op == BNB_OP_EMBED ? 1 : 0;
+        if (!at) continue;
+        const bnb_tensor *list = y->src[at];
+        const int32_t *v = list->plane[0];
+        int64_t rows = y->src[attend]->shape[0], n = bnb_tensor_elements(list);
+        for (int64_t k = 0; k < n; k++)
+            if (v[k] < 0 || v[k] > rows - !attend || (attend && k % 2 && v[k] < v[k - 1]))
+                return bnb_fail(err, BNB_E_ARG, "%s: '%s'[%lld] is %d, outside the %lld rows of '%s'", y->name, list->name,
+                                (long long)k, (int)v[k], (long long)rows, y->src[attend]->name);
+    }
+    return BNB_OK;
+}
+
+/* Runs of steps with a single tile (decoding has many) stay on thread 0 without barriers between them. */
+static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
+    bnb__cpu_plan *p = arg;
+    double start = ith == 0 && p->times ? bnb__seconds() : 0;
+    (void)nth;
+    for (int32_t s = 0; s < p->n_steps; s++) {
+        bnb__step *step = &p->steps[s];
+        int serial = step->tiles <= 1;
+        bnb__job job = {step->y, p->scratch, p->scratch + p->work + p->local * (uint64_t)ith};
+        if (!serial)
+            for (int64_t i; (i = atomic_fetch_add_explicit(&p->next[s], 1, memory_order_relaxed)) < step->tiles;)
+                step->kernel->run(&job, step->phase, i);
+        else if (ith == 0 && step->tiles)
+            step->kernel->run(&job, step->phase, 0);
+        if (!serial || (s + 1 < p->n_steps && p->steps[s + 1].tiles > 1)) bnb__barrier(&p->env->pool);
+        if (ith == 0 && p->times) {
+            double now = bnb__seconds();
+            p->times[step->node] += now - start;
+            start = now;
+        }
+    }
+}
+
+static bnb_status bnb__cpu_run(void *dev, void *compiled, void *scratch, double *times, bnb_error *err) {
+    bnb__cpu_plan *p = compiled;
+    bnb_status s = bnb__check_indices(p->graph, err);
+    if (s) return s;
+    p->scratch = scratch;
+    p->times = times;
+    for (int32_t i = 0; i < p->n_steps; i++) atomic_store_explicit(&p->next[i], 0, memory_order_relaxed);
+    if (times) memset(times, 0, (size_t)p->graph->n_nodes * sizeof *times);
+    bnb__team(dev, bnb__cpu_team, p);
+    return BNB_OK;
+}
+
+static int32_t bnb__cpu_devices(void) { return 1; }
+static void *bnb__cpu_open(bnb_env *env, int32_t index, bnb_error *err) { (void)index, (void)err; return env; }
+static void bnb__cpu_close(void *dev) { (void)dev; }
+static void *bnb__cpu_alloc(void *dev, uint64_t bytes, bnb_error *err) { return bnb__alloc_raw(dev, bytes, err); }
+static void bnb__cpu_free(void *dev, void *ptr, uint64_t bytes) { bnb_free(dev, ptr, bytes); }
+static bnb_status bnb__cpu_copy(void *dev, void *dst, const void *src, uint64_t bytes, bnb_error *err) {
+    (void)dev, (void)err;
+    memcpy(dst, src, bytes);
+    return BNB_OK;
+}
+
+static const bnb_backend_api bnb__cpu_api = {
+    sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
+    bnb__cpu_copy, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
+};
+
+/* ==== [DEV] ===================================================================================================== */
+
+static const bnb_backend_api *const bnb__backends[] = {
+    &bnb__cpu_api,
+};
+
+static void bnb__backend_destroy(bnb__owned *o) {
+    bnb_backend *b = (bnb_backend *)o;
+    if (b->dev) b->api->close(b->dev);
+    bnb_free(o->env, b, sizeof *b);
+}
+
+bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err) {
+    const char *colon = strchr(name, ':');
+    size_t n = colon ? (size_t)(colon - name) : strlen(name);
+    int32_t index = 0;
+    if (colon) {
+        char *end;
+        long v = strtol(colon + 1, &end, 10);
+        if (end == colon + 1 || *end || v < 0 || v > 4096) {
+            bnb_fail(err, BNB_E_ARG, "the device '%.40s' is not of the form name:number", name);
+            return NULL;
+        }
+        index = (int32_t)v;
+    }
+    for (int32_t i = 0; i < BNB__COUNT(bnb__backends); i++) {
+        const bnb_backend_api *api = bnb__backends[i];
+        if (strlen(api->name) != n || memcmp(api->name, name, n)) continue;
+        if (index >= api->device_count()) {
+            bnb_fail(err, BNB_E_DEVICE, "there is no device '%.40s': %d %s device(s) were found", name, (int)api->device_count(), api->name);
+            return NULL;
+        }
+        bnb_backend *b = bnb__own(env, sizeof *b, bnb__backend_destroy, err);
+        if (!b) return NULL;
+        b->api = api;
+        snprintf(b->name, sizeof b->name, "%.30s", name);
+        if (!(b->dev = api->open(env, index, err))) {
+            bnb__disown(&b->owned);
+            return NULL;
+        }
+        return b;
+    }
+    bnb_fail(err, BNB_E_UNSUPPORTED, "this program was built without support for the device '%.40s'", name);
+    return NULL;
+}
+
+void bnb_backend_close(bnb_backend *b) { if (b) bnb__disown(&b->owned); }
+const char *bnb_backend_name(const bnb_backend *b) { return b->name; }
+
+/* ==== [PLAN] ====================================================================================================
+ * Every node that is not a view, and every input, needs bytes from its definition to its last use. A node may take over
+ * its first input's bytes when it is that input's last user. Slots are placed greedily, largest first, at the lowest
+ * offset that is free for their whole life: deterministic, and close to optimal for chains of layers. */
+
+typedef struct bnb__slot {
+    uint64_t bytes, offset;
+    int32_t first, last;     /* nodes [first, last] during which the bytes are in use       */
+    int32_t into;            /* index of the slot whose bytes it takes over, or its own     */
+} bnb__slot;
+
+struct bnb_plan {
+    bnb__owned owned;
+    bnb_backend *backend;
+    bnb_graph *graph;
+    bnb_plan_params params;
+    bnb_memory memory;
+    bnb__slot *slots;        /* [n_nodes + n_leaves]: nodes, then leaves; bytes 0: needs none */
+    void *compiled;
+    uint64_t scratch_offset; /* in the arena */
+    char *arena;
+    double *times;           /* [n_nodes] when profiling */
+};
+
+enum { BNB__ARENA_ALIGN = 256 };
+
+static bnb_tensor *bnb__plan_tensor(const bnb_plan *p, int32_t i) { /* of slot i: nodes, then leaves */
+    return i < p->graph->n_nodes ? p->graph->nodes[i] : p->graph->leaves[i - p->graph->n_nodes];
+}
+
+static bnb_tensor *bnb__root(bnb_tensor *t) {
+    while (t->view) t = t->view;
+    return t;
+}
+
+void bnb_plan_params_default(bnb_plan_params *p, uint32_t struct_size) {
+    bnb_plan_params d = {struct_size, BNB_COMPUTE_AUTO, 0};
+    memcpy(p, &d, BNB__MIN(struct_size, sizeof d));
+}
+
+/* mark = 1 + slot index while slots are made: nodes and inputs belong to the graph's ctx, weights stay untouched */
+static bnb__slot *bnb__slot_of(const bnb_plan *p, bnb_tensor *t) {
+    bnb_tensor *root = bnb__root(t);
+    return root->ctx == p->graph->ctx && root->mark ? &p->slots[root->mark - 1] : NULL;
+}
+
+static void bnb__plan_lives(bnb_plan *p) {
+    const bnb_graph *g = p->graph;
+    int32_t n = g->n_nodes;
+    for (int32_t i = 0; i < n + g->n_leaves; i++) {
+        bnb_tensor *t = bnb__plan_tensor(p, i);
+        int32_t input = i >= n && (t->flags & BNB_FLAG_INPUT);
+        if (i < n ? t->view != NULL : !input) continue;
+        uint64_t bytes = bnb__align_up(BNB__MAX(bnb__plane_size(t, 0), 1), BNB__ARENA_ALIGN);
+        /* inputs keep their values from run to run */
+        p->slots[i] = (bnb__slot){bytes, 0, input || p->params.no_reuse ? 0 : i, input || p->params.no_reuse ? n : i, i};
+        t->mark = 1 + i;
+    }
+    for (int32_t i = 0; i < n; i++) {
+        bnb_tensor *t = g->nodes[i];
+        bnb__slot *s;
+        for (int32_t k = 0; k < BNB_MAX_SRC; k++)
+            if (t->src[k] && (s = bnb__slot_of(p, t->src[k]))) s->last = BNB__MAX(s->last, i);
+        if ((t->flags & BNB_FLAG_OUTPUT) && (s = bnb__slot_of(p, t))) s->last = n;
+    }
+}
+
+static void bnb__plan_inplace(bnb_plan *p) {
+    const bnb_graph *g = p->graph;
+    for (int32_t i = 0; i < g->n_nodes && !p->params.no_reuse; i++) {
+        bnb_tensor *t = g->nodes[i], *x = t->src[0];
+        if (!(bnb__ops[t->op].flags & BNB__INPLACE) || x->view) continue;
+        bnb__slot *mine = bnb__slot_of(p, t), *theirs = bnb__slot_of(p, x);
+        if (!theirs || mine->bytes != theirs->bytes) continue;
+        bnb__slot *base = &p->slots[theirs->into];
+        if (base->last != i) continue;
+        int shares = 0; /* another input lies in the same bytes, under another shape */
+        for (int32_t k = 1; k < BNB_MAX_SRC; k++)
+            if (t->src[k] && t->src[k] != x && (bnb__root(t->src[k]) == x)) shares = 1;
+        if (shares) continue;
+        mine->into = theirs->into;
+        base->last = BNB__MAX(base->last, mine->last);
+    }
+}
+
+/* order: [n] slot indices by offset, filled as we go */
+static void bnb__plan_place(bnb_plan *p, int32_t *by_size, int32_t *by_offset, int32_t n) {
+    int32_t count = 0, placed = 0;
+    for (int32_t i = 0; i < n; i++) {
+        if (!p->slots[i].bytes || p->slots[i].into != i) continue;
+        int32_t at = count++;
+        while (at > 0 && p->slots[by_size[at - 1]].bytes < p->slots[i].bytes) {
+            by_size[at] = by_size[at - 1];
+            at--;
+        }
+        by_size[at] = i;
+    }
+    for (int32_t c = 0; c < count; c++) {
+        bnb__slot *s = &p->slots[by_size[c]];
+        uint64_t offset = 0;
+        for (int32_t k = 0; k < placed; k++) { /* ascending offsets: the first gap that is wide enough */
+            const bnb__slot *o = &p->slots[by_offset[k]];
+            if (o->last < s->first || o->first > s->last) continue;
+            if (o->offset >= offset && o->offset - offset >= s->bytes) break;
+            offset = BNB__MAX(offset, o->offset + o->bytes);
+        }
+        s->offset = offset;
+        int32_t at = placed++;
+        while (at > 0 && p->slots[by_offset[at - 1]].offset > offset) {
+            by_offset[at] = by_offset[at - 1];
+            at--;
+        }
+        by_offset[at] = by_size[c];
+        p->memory.work = BNB__MAX(p->memory.work, offset + s->bytes);
+    }
+    for (int32_t i = 0; i < n; i++)
+        if (p->slots[i].bytes) p->slots[i].offset = p->slots[p->slots[i].into].offset;
+}
+
+static void bnb__plan_destroy(bnb__owned *o) {
+    bnb_plan *p = (bnb_plan *)o;
+    bnb_env *env = o->env;
+    size_t n = (size_t)(p->graph->n_nodes + p->graph->n_leaves);
+    p->graph->planned = 0;
+    for (int32_t i = 0; i < (int32_t)n && p->arena; i++) { /* no tensor keeps an address in the arena */
+        bnb_tensor *t = bnb__plan_tensor(p, i);
+        if (i >= p->graph->n_nodes && !p->slots[i].bytes) continue; /* a weight or cache */
+        t->plane[0] = NULL;
+        t->backend = NULL;
+        t->state = BNB_META;
+    }
+    if (p->compiled) p->backend->api->release(p->backend->dev, p->compiled);
+    if (p->arena) p->backend->api->free(p->backend->dev, p->arena, p->memory.work);
+    bnb_free(env, p->slots, n * sizeof *p->slots);
+    bnb_free(env, p->times, (size_t)p->graph->n_nodes * sizeof *p->times);
+    bnb_free(env, p, sizeof *p);
+}
+
+void bnb_plan_free(bnb_plan *p) { if (p) bnb__disown(&p->owned); }
+
+bnb_plan *bnb_plan_create(bnb_backend *backend, bnb_graph *g, const bnb_plan_params *params, bnb_error *err) {
+    bnb_env *env = backend->owned.env;
+    bnb_plan_params d;
+    bnb_plan_params_default(&d, sizeof d);
+    if (params) memcpy(&d, params, BNB__MIN(params->struct_size, sizeof d));
+    if (d.compute_dtype != BNB_COMPUTE_AUTO && d.compute_dtype != BNB_F32 && d.compute_dtype != BNB_BF16) {
+        bnb_fail(err, BNB_E_TYPE, "the compute dtype must be f32 or bf16 on %s", backend->name);
+        return NULL;
+    }
+    for (int32_t i = 0; i < g->n_leaves; i++)
+        if ((g->leaves[i]->flags & BNB_FLAG_INPUT) && g->leaves[i]->ctx != g->ctx) {
+            bnb_fail(err, BNB_E_ARG, "input '%s' belongs to another ctx", g->leaves[i]->name);
+            return NULL;
+        }
+    if (g->planned) {
+        bnb_fail(err, BNB_E_ARG, "this graph has a plan already: free it first, or build another graph");
+        return NULL;
+    }
+    bnb_plan *p = bnb__own(env, sizeof *p, bnb__plan_destroy, err);
+    if (!p) return NULL;
+    g->planned = 1;
+    p->backend = backend;
+    p->graph = g;
+    p->params = d;
+    int32_t n = g->n_nodes + g->n_leaves;
+    uint64_t scratch = 0;
+    int32_t *order = bnb_alloc(env, (size_t)n * 2 * sizeof *order, err);
+    p->slots = bnb_alloc(env, (size_t)n * sizeof *p->slots, err);
+    if (order && p->slots) p->compiled = backend->api->compile(backend->dev, g, &p->params, &scratch, err);
+    if (p->compiled) {
+        bnb__plan_lives(p);
+        bnb__plan_inplace(p);
+        bnb__plan_place(p, order, order + n, n);
+        for (int32_t i = 0; i < n; i++)
+            if (p->slots[i].bytes) bnb__plan_tensor(p, i)->mark = 0;
+    }
+    bnb_free(env, order, (size_t)n * 2 * sizeof *order);
+    if (!p->compiled) {
+        bnb__disown(&p->owned);
+        return NULL;
+    }
+    p->scratch_offset = bnb__align_up(p->memory.work, 4096);
+    p->memory.work = p->scratch_offset + scratch;
+    for (int32_t i = 0; i < g->n_leaves; i++) {
+        const bnb_tensor *t = g->leaves[i];
+        if (t->flags & BNB_FLAG_STATE) p->memory.state += bnb_tensor_bytes(t);
+        else if (!(t->flags & BNB_FLAG_INPUT)) p->memory.weights += bnb_tensor_bytes(t);
+    }
+    return p;
+}
+
+void bnb_plan_memory(const bnb_plan *p, bnb_memory *out) { *out = p->memory; }
+
+bnb_status bnb_plan_alloc(bnb_plan *p, bnb_error *err) {
+    if (p->arena) return BNB_OK;
+    const bnb_graph *g = p->graph;
+    p->arena = p->backend->api->alloc(p->backend->dev, p->memory.work, err);
+    if (!p->arena) return BNB_E_NOMEM;
+    for (int32_t i = 0; i < g->n_nodes + g->n_leaves; i++) {
+        if (!p->slots[i].bytes) continue;
+        bnb_tensor *t = bnb__plan_tensor(p, i);
+        t->plane[0] = p->arena + p->slots[i].offset;
+        t->backend = p->backend;
+        t->state = BNB_RESIDENT;
+    }
+    return BNB_OK;
+}
+
+/* In every run: a cache or weight may have been bound to other memory since the last one. */
+static bnb_status bnb__plan_resolve(bnb_plan *p, bnb_error *err) {
+    const bnb_graph *g = p->graph;
+    int on_host = p->backend->api == &bnb__cpu_api;
+    for (int32_t i = 0; i < g->n_leaves; i++) {
+        const bnb_tensor *t = g->leaves[i];
+        if (t->state != BNB_RESIDENT) return bnb_fail(err, BNB_E_ARG, "tensor '%s' has no memory: give it some with bnb_ctx_alloc or bnb_tensor_bind", t->name);
+        if (t->backend ? t->backend->api != p->backend->api || (!on_host && t->backend != p->backend) : !on_host)
+            return bnb_fail(err, BNB_E_DEVICE, "tensor '%s' is not in the memory of %s", t->name, p->backend->name);
+    }
+    for (int32_t i = 0; i < g->n_nodes; i++) {
+        bnb_tensor *t = g->nodes[i];
+        if (!t->view) continue;
+        t->plane[0] = (char *)t->view->plane[0] + t->view_offset;
+        t->backend = t->view->backend;
+        t->state = BNB_RESIDENT;
+    }
+    return BNB_OK;
+}
+
+bnb_status bnb_plan_run(bnb_plan *p, bnb_error *err) {
+    bnb_status s = bnb_plan_alloc(p, err);
+    if (!s) s = bnb__plan_resolve(p, err);
+    return s ? s : p->backend->api->run(p->backend->dev, p->compiled, p->arena + p->scratch_offset, p->times, err);
+}
+
+bnb_status bnb_plan_profile(bnb_plan *p, int32_t on, bnb_error *err) {
+    size_t bytes = (size_t)p->graph->n_nodes * sizeof *p->times;
+    if (!on || p->times) {
+        bnb_free(p->owned.env, on ? NULL : p->times, bytes);
+        if (!on) p->times = NULL;
+        return BNB_OK;
+    }
+    p->times = bnb_alloc(p->owned.env, bytes, err);
+    return p->times ? BNB_OK : BNB_E_NOMEM;
+}
+
+const double *bnb_plan_times(const bnb_plan *p) { return p->times; }
+
+size_t bnb_plan_describe(const bnb_plan *p, char *out, size_t cap) {
+    size_t used = 0;
+    for (int32_t i = 0; i < p->graph->n_nodes; i++) {
+        const bnb_tensor *t = p->graph->nodes[i];
+        const bnb__slot *s = &p->slots[i];
+        char shape[96];
+        bnb__shape_text(t, shape);
+        int n = snprintf(cap > used ? out + used : NULL, cap > used ? cap - used : 0, "%4d %-10s %-24s %-20s @%-10llu %10llu  %s\n",
+                         (int)i, bnb__ops[t->op].name, p->backend->api->describe(p->compiled, i), shape,
+                         (unsigned long long)s->offset, (unsigned long long)s->bytes, t->name);
+        used += (size_t)BNB__MAX(n, 0);
+    }
+    return used;
+}
+
+/* ==== [FILE] ====================================================================================================
+ * Opening maps the file and reads its metadata only: a header, a table of tensors, a table of keys. Nothing is believed:
+ * every offset and count is checked against the bytes that are there, in this order: header, hash, chunks, strings,
+ * types, tensors, planes. The tensors are made in an arena of the file's own. */
+
+struct bnb_file {
+    bnb__owned owned;
+    const uint8_t *data;
+    uint64_t bytes;
+    int32_t mapped, locked, borrowed; /* how data is to be given back */
+    const uint8_t *strs;
+    uint64_t n_strs;
+    const bnb_file_key *keys;         /* [n_keys] */
+    const bnb_file_type *types;       /* [n_types] */
+    const bnb_file_record *records;   /* [n_tensors] */
+    uint64_t n_keys, n_types, n_tensors;
+    uint64_t meta_begin, meta_end;
+    bnb_ctx *ctx;
+    bnb_tensor **tensors;             /* [n_tensors]: in the order of records */
+    int32_t *order;                   /* [n_tensors]: indices in the order of the data */
+    char name[256];                   /* for messages */
+};
+
+static void bnb__file_destroy(bnb__owned *o) {
+    bnb_file *f = (bnb_file *)o;
+    if (f->locked) munlock(f->data, f->bytes);
+    if (f->mapped) munmap((void *)(uintptr_t)f->data, f->bytes);
+    else if (f->data && !f->borrowed) bnb_free(o->env, (void *)(uintptr_t)f->data, f->bytes);
+    bnb_free(o->env, f->tensors, f->n_tensors * sizeof *f->tensors);
+    bnb_free(o->env, f->order, f->n_tensors * sizeof *f->order);
+    bnb_free(o->env, f, sizeof *f);
+}
+
+void bnb_file_free(bnb_file *f) {
+    if (!f) return;
+    bnb_ctx_free(f->ctx);
+    bnb__disown(&f->owned);
+}
+
+#define BNB__BAD(...) bnb__file_bad(f, err, __VA_ARGS__)
+
+static bnb_status bnb__file_bad(const bnb_file *f, bnb_error *err, const char *format, ...) {
+    char text[384];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(text, sizeof text, format, args);
+    va_end(args);
+    return bnb_fail(err, BNB_E_FORMAT, "%.200s: %s", f->name, text);
+}
+
+typedef unsigned long long bnb__ull; /* for %llu */
+
+static bnb_status bnb__file_header(bnb_file *f, bnb_error *err) {
+    bnb_file_header h;
+    if (f->bytes < sizeof h) return BNB__BAD("%llu bytes are too few for a .bnb file, which has at least %zu", (bnb__ull)f->bytes, sizeof h);
+    memcpy(&h, f->data, sizeof h);
+    if (memcmp(h.magic, BNB_FILE_MAGIC, 8)) {
+        if (!memcmp(h.magic, "\x89" "BNB", 4)) return BNB__BAD("the file was damaged by a text-mode transfer: copy it again in binary mode");
+        return BNB__BAD("not a .bnb file: it begins with other bytes");
+    }
+    if (h.major != BNB_FILE_MAJOR) return BNB__BAD("version %d of the .bnb format is not the version %d that this program reads", h.major, BNB_FILE_MAJOR);
+    if (h.incompatible) return BNB__BAD("it needs features (0x%x) that this program does not have", (unsigned)h.incompatible);
+    if (h.file_bytes != f->bytes) return BNB__BAD("the file has %llu bytes but its header says %llu: it was cut short or extended", (bnb__ull)f->bytes, (bnb__ull)h.file_bytes);
+    if (h.metadata_offset != sizeof h || h.metadata_bytes > f->bytes - sizeof h || h.metadata_bytes % 8)
+        return BNB__BAD("metadata of %llu bytes at offset %llu does not fit into the file", (bnb__ull)h.metadata_bytes, (bnb__ull)h.metadata_offset);
+    f->meta_begin = sizeof h;
+    f->meta_end = sizeof h + h.metadata_bytes;
+    if (h.data_offset < f->meta_end || h.data_offset > f->bytes) return BNB__BAD("data cannot begin at offset %llu", (bnb__ull)h.data_offset);
+    if (h.alignment < 64 || h.alignment > 65536 || (h.alignment & (h.alignment - 1))) return BNB__BAD("an alignment of %u is not a power of two from 64 to 65536", (unsigned)h.alignment);
+#ifndef BNB_FUZZ /* a fuzzer cannot guess a hash: it tests what lies behind it */
+    if (bnb_hash64(f->data + f->meta_begin, h.metadata_bytes, bnb_hash64(f->data, 56, 0)) != h.hash)
+        return BNB__BAD("header or metadata is damaged: their hash does not match");
+#endif
+    return BNB_OK;
+}
+
+typedef struct bnb__chunk {
+    char tag[4];
+    uint32_t zero;
+    uint64_t bytes;
+} bnb__chunk;
+
+/* The chunk at *at, which moves on; 0 at the end, -1 if it does not fit. */
+static int bnb__next_chunk(const bnb_file *f, uint64_t *at, bnb__chunk *c, const uint8_t **payload) {
+    if (*at == f->meta_end) return 0;
+    if (f->meta_end - *at < sizeof *c) return -1;
+    memcpy(c, f->data + *at, sizeof *c);
+    *at += sizeof *c;
+    if (c->zero || c->bytes > f->meta_end - *at) return -1;
+    *payload = f->data + *at;
+    *at += bnb__align_up(c->bytes, 8); /* the metadata's length is a multiple of 8 */
+    return 1;
+}
+
+static bnb_status bnb__file_chunks(bnb_file *f, bnb_error *err) {
+    const uint8_t *payload;
+    bnb__chunk c;
+    int seen = 0, more;
+    uint64_t at = f->meta_begin;
+    const struct { const char *tag; uint64_t record; const void **where; uint64_t *count; } known[] = {
+        {"KEYS", sizeof(bnb_file_key), (const void **)&f->keys, &f->n_keys},
+        {"TYPE", sizeof(bnb_file_type), (const void **)&f->types, &f->n_types},
+        {"TENS", sizeof(bnb_file_record), (const void **)&f->records, &f->n_tensors},
+        {"STRS", 1, (const void **)&f->strs, &f->n_strs},
+    };
+    while ((more = bnb__next_chunk(f, &at, &c, &payload)) > 0) {
+        int k = 0;
+        while (k < BNB__COUNT(known) && memcmp(c.tag, known[k].tag, 4)) k++;
+        if (k == BNB__COUNT(known)) {
+            if (c.tag[0] >= 'A' && c.tag[0] <= 'Z') return BNB__BAD("it has a chunk '%.4s' that a reader must understand, and this one does not", c.tag);
+            continue;
+        }
+        if (seen >> k & 1) return BNB__BAD("the chunk '%.4s' stands in it twice", c.tag);
+        if (c.bytes % known[k].record) return BNB__BAD("the chunk '%.4s' of %llu bytes does not hold whole records of %llu", c.tag, (bnb__ull)c.bytes, (bnb__ull)known[k].record);
+        seen |= 1 << k;
+        *known[k].where = payload;
+        *known[k].count = c.bytes / known[k].record;
+    }
+    if (more < 0) return BNB__BAD("a chunk at offset %llu does not fit into the metadata", (bnb__ull)at);
+    for (int k = 0; k < BNB__COUNT(known); k++)
+        if (!(seen >> k & 1)) return BNB__BAD("the chunk '%s' is missing", known[k].tag);
+    if (f->n_tensors > INT32_MAX || f->n_keys > INT32_MAX) return BNB__BAD("it has more than %d tensors or keys", INT32_MAX);
+    return BNB_OK;
+}
+
+static int bnb__in_strs(const bnb_file *f, uint64_t offset, uint64_t bytes) { return offset <= f->n_strs && bytes <= f->n_strs - offset; }
+
+static int bnb__compare_names(const bnb_file *f, uint64_t a, uint64_t a_bytes, uint64_t b, uint64_t b_bytes) {
+    int c = memcmp(f->strs + a, f->strs + b, BNB__MIN(a_bytes, b_bytes));
+    return c ? c : a_bytes < b_bytes ? -1 : a_bytes > b_bytes;
+}
+
+static bnb_status bnb__file_keys(bnb_file *f, bnb_error *err) {
+    for (uint64_t i = 0; i < f->n_keys; i++) {
+        const bnb_file_key *k = &f->keys[i];
+        if (!k->name_bytes || !bnb__in_strs(f, k->name_offset, k->name_bytes)) return BNB__BAD("the name of key %llu lies outside the strings", (bnb__ull)i);
+        if (i && bnb__compare_names(f, k[-1].name_offset, k[-1].name_bytes, k->name_offset, k->name_bytes) >= 0) return BNB__BAD("key %llu is out of order or stands twice", (bnb__ull)i);
+        int array = k->kind == BNB_KEY_I64_ARRAY;
+        if (k->kind > BNB_KEY_I64_ARRAY) return BNB__BAD("key %llu has the unknown kind %u", (bnb__ull)i, (unsigned)k->kind);
+        if (k->kind >= BNB_KEY_STR && (k->count > f->n_strs || !bnb__in_strs(f, k->value, k->count * (array ? 8 : 1)) || (array && k->value % 8)))
+            return BNB__BAD("the value of key %llu lies outside the strings", (bnb__ull)i);
+    }
+    return BNB_OK;
+}
+
+static bnb_status bnb__file_types(bnb_file *f, bnb_error *err) {
+    for (uint64_t i = 0; i < f->n_types; i++) {
+        const bnb_file_type *t = &f->types[i];
+        if (!bnb_type_name((int32_t)t->id) || (uint32_t)bnb_type_bits((int32_t)t->id) != t->bits)
+            return BNB__BAD("type %llu (id %u, %u bits) is not one that this program knows", (bnb__ull)i, (unsigned)t->id, (unsigned)t->bits);
+        const float *map = t->id == BNB_NF4 ? bnb_nf4_map : t->id == BNB_FP4 ? bnb_fp4_map : NULL;
+        if (map && memcmp(map, t->quant_map, sizeof t->quant_map)) return BNB__BAD("type %llu (%s) has another code map than this program", (bnb__ull)i, bnb_type_name((int32_t)t->id));
+        if (!(t->threshold >= 0)) return BNB__BAD("type %llu has the outlier threshold %g", (bnb__ull)i, (double)t->threshold);
+    }
+    return BNB_OK;
+}
+
+static bnb_status bnb__file_tensor(bnb_file *f, uint64_t i, bnb_error *err) {
+    const bnb_file_record *r = &f->records[i];
+    bnb_file_header h;
+    memcpy(&h, f->data, sizeof h);
+    if (!r->name_bytes || r->name_bytes >= BNB_MAX_NAME || !bnb__in_strs(f, r->name_offset, r->name_bytes)) return BNB__BAD("the name of tensor %llu lies outside the strings or has more than %d bytes", (bnb__ull)i, BNB_MAX_NAME - 1);
+    char name[BNB_MAX_NAME] = {0};
+    memcpy(name, f->strs + r->name_offset, r->name_bytes);
+    if (strlen(name) != r->name_bytes) return BNB__BAD("the name of tensor %llu contains a NUL", (bnb__ull)i);
+    if (bnb_hash64(name, r->name_bytes, 0) != r->name_hash) return BNB__BAD("tensor '%s' has a wrong name hash", name);
+    if (i && (r[-1].name_hash > r->name_hash || (r[-1].name_hash == r->name_hash && bnb__compare_names(f, r[-1].name_offset, r[-1].name_bytes, r->name_offset, r->name_bytes) >= 0)))
+        return BNB__BAD("tensor '%s' is out of order or stands twice", name);
+    if (r->type >= f->n_types) return BNB__BAD("tensor '%s' has type %u of %llu", name, (unsigned)r->type, (bnb__ull)f->n_types);
+    if (r->n_dims < 1 || r->n_dims > BNB_MAX_DIMS) return BNB__BAD("tensor '%s' has %u dimensions, not 1 to %d", name, (unsigned)r->n_dims, BNB_MAX_DIMS);
+    const bnb_file_type *t = &f->types[r->type];
+    bnb_quant q = {(int32_t)t->blocksize, (int32_t)t->double_quant, (int32_t)t->nested_blocksize, r->nested_offset, (int32_t)t->dtype, t->threshold, (int32_t)t->outlier_rule};
+    int64_t shape[BNB_MAX_DIMS];
+    for (uint32_t d = 0; d < BNB_MAX_DIMS; d++) {
+        if (r->shape[d] > INT64_MAX) return BNB__BAD("tensor '%s' has the dimension %llu", name, (bnb__ull)r->shape[d]);
+        shape[d] = (int64_t)r->shape[d];
+    }
+    bnb_error why;
+    bnb_tensor *x = bnb_tensor_new(f->ctx, (int32_t)t->id, &q, (int32_t)r->n_dims, shape, name);
+    if (!x) {
+        bnb_status s = bnb_ctx_status(f->ctx, &why);
+        return s == BNB_E_NOMEM ? bnb_fail(err, s, "%s", why.msg) : BNB__BAD("%s", why.msg);
+    }
+    void *planes[BNB_MAX_PLANES];
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+        const bnb_file_plane *pl = &r->planes[p];
+        uint64_t need = bnb__plane_size(x, p);
+        if (pl->bytes != need) return BNB__BAD("plane %d of tensor '%s' has %llu bytes, but its shape needs %llu", (int)p, name, (bnb__ull)pl->bytes, (bnb__ull)need);
+        if (need && (pl->offset < h.data_offset || pl->offset % h.alignment || pl->offset > f->bytes || need > f->bytes - pl->offset))
+            return BNB__BAD("plane %d of tensor '%s' (%llu bytes at offset %llu) does not lie in the file's data", (int)p, name, (bnb__ull)need, (bnb__ull)pl->offset);
+        planes[p] = need ? (void *)(uintptr_t)(f->data + pl->offset) : p ? NULL : (void *)(uintptr_t)f->data;
+    }
+    f->tensors[i] = x;
+    return bnb_tensor_bind(x, planes, err);
+}
+
+typedef struct bnb__extent { uint64_t begin, end; int32_t tensor, plane; } bnb__extent;
+
+static int bnb__compare_extents(const void *a, const void *b) {
+    const bnb__extent *x = a, *y = b;
+    return x->begin < y->begin ? -1 : x->begin > y->begin ? 1 : x->tensor != y->tensor ? x->tensor - y->tensor : x->plane - y->plane;
+}
+
+/* Planes sorted by offset must not overlap; the order of first planes is the order of the file. gaps 1: the bytes
+ * between them must be zero. */
+static bnb_status bnb__file_extents(bnb_file *f, int gaps, bnb_error *err) {
+    size_t cap = (size_t)f->n_tensors * BNB_MAX_PLANES, n = 0;
+    bnb__extent *e = bnb_alloc(f->owned.env, cap * sizeof *e, err);
+    if (!e) return BNB_E_NOMEM;
+    for (uint64_t i = 0; i < f->n_tensors; i++)
+        for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+            const bnb_file_plane *pl = &f->records[i].planes[p];
+            if (pl->bytes || p == 0) e[n++] = (bnb__extent){pl->offset, pl->offset + pl->bytes, (int32_t)i, p};
+        }
+    qsort(e, n, sizeof *e, bnb__compare_extents);
+    bnb_status s = BNB_OK;
+    uint64_t end = f->meta_end;
+    for (size_t i = 0, at = 0; i < n && !s; i++) {
+        if (e[i].plane == 0) f->order[at++] = e[i].tensor;
+        if (e[i].begin == e[i].end) continue;
+        if (e[i].begin < end) s = BNB__BAD("plane %d of tensor '%s' overlaps another at offset %llu", (int)e[i].plane, f->tensors[e[i].tensor]->name, (bnb__ull)e[i].begin);
+        for (uint64_t b = end; gaps && b < e[i].begin && !s; b++)
+            if (f->data[b]) s = BNB__BAD("the byte at offset %llu, between two planes, is not zero", (bnb__ull)b);
+        end = e[i].end;
+    }
+    bnb_free(f->owned.env, e, cap * sizeof *e);
+    return s;
+}
+
+static bnb_status bnb__file_parse(bnb_file *f, bnb_error *err) {
+    bnb_env *env = f->owned.env;
+    bnb_status s = bnb__file_header(f, err);
+    uint64_t n = 0;
+    if (!s) s = bnb__file_chunks(f, err);
+    if (s) f->n_tensors = 0; /* nothing is allocated for them yet */
+    if (!s) s = bnb__file_keys(f, err);
+    if (!s) s = bnb__file_types(f, err);
+    n = f->n_tensors;
+    f->n_tensors = 0;
+    if (s) return s;
+    f->tensors = bnb_alloc(env, n * sizeof *f->tensors, err);
+    f->order = f->tensors ? bnb_alloc(env, n * sizeof *f->order, err) : NULL;
+    if (!f->order) {
+        bnb_free(env, f->tensors, n * sizeof *f->tensors);
+        f->tensors = NULL;
+        return BNB_E_NOMEM;
+    }
+    f->n_tensors = n;
+    for (uint64_t i = 0; i < n && !s; i++) s = bnb__file_tensor(f, i, err);
+    return s ? s : bnb__file_extents(f, 0, err);
+}
+
+static bnb_file *bnb__file_new(bnb_env *env, const char *name, bnb_error *err) {
+    bnb_file *f = bnb__own(env, sizeof *f, bnb__file_destroy, err);
+    if (!f) return NULL;
+    snprintf(f->name, sizeof f->name, "%s", name);
+    if (!(f->ctx = bnb_ctx_create(env, err))) {
+        bnb__disown(&f->owned);
+        return NULL;
+    }
+    return f;
+}
+
+static bnb_status bnb__read_all(int fd, uint8_t *dst, uint64_t bytes, const char *path, bnb_error *err) {
+    for (uint64_t at = 0; at < bytes;) {
+        ssize_t n = read(fd, dst + at, BNB__MIN(bytes - at, (uint64_t)1 << 30));
+        if (n < 0 && errno == EINTR) continue;
+        if (n < 0) return bnb_fail(err, BNB_E_IO, "%s: %s while reading at offset %llu", path, strerror(errno), (bnb__ull)at);
+        if (n == 0) return bnb_fail(err, BNB_E_IO, "%s: the file ended at offset %llu of %llu while it was read", path, (bnb__ull)at, (bnb__ull)bytes);
+        at += (uint64_t)n;
+    }
+    return BNB_OK;
+}
+
+static bnb_status bnb__file_load(bnb_file *f, const char *path, uint32_t flags, bnb_error *err) {
+    int fd = open(path, O_RDONLY | O_CLOEXEC);
+    if (fd < 0) return bnb_fail(err, BNB_E_IO, "%s: %s", path, strerror(errno));
+    struct stat st;
+    bnb_status s = BNB_OK;
+    if (fstat(fd, &st)) s = bnb_fail(err, BNB_E_IO, "%s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode)) s = bnb_fail(err, BNB_E_IO, "%s: not a regular file", path);
+    else if (st.st_size == 0) s = bnb_fail(err, BNB_E_FORMAT, "%s: the file is empty", path);
+    else if (flags & BNB_FILE_NO_MMAP) {
+        f->data = bnb__alloc_raw(f->owned.env, (size_t)st.st_size, err);
+        f->bytes = (uint64_t)st.st_size;
+        s = f->data ? bnb__read_all(fd, (uint8_t *)(uintptr_t)f->data, f->bytes, path, err) : BNB_E_NOMEM;
+    } else {
+        void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
+        if (p == MAP_FAILED) s = bnb_fail(err, BNB_E_IO, "%s: cannot be mapped: %s", path, strerror(errno));
+        else {
+            f->data = p;
+            f->bytes = (uint64_t)st.st_size;
+            f->mapped = 1;
+            if (flags & BNB_FILE_MLOCK) {
+                if (mlock(p, f->bytes) == 0) f->locked = 1;
+                else bnb_log(f->owned.env, BNB_LOG_WARN, "%s: cannot be locked in memory: %s (see ulimit -l)", path, strerror(errno));
+            }
+        }
+    }
+    close(fd);
+    return s;
+}
+
+bnb_file *bnb_file_open(bnb_env *env, const char *path, uint32_t flags, bnb_error *err) {
+    bnb_file *f = bnb__file_new(env, path, err);
+    if (f && (bnb__file_load(f, path, flags, err) || bnb__file_parse(f, err))) {
+        bnb_file_free(f);
+        f = NULL;
+    }
+    return f;
+}
+
+bnb_file *bnb_file_from_memory(bnb_env *env, const void *data, uint64_t bytes, const char *name, bnb_error *err) {
+    if ((uintptr_t)data % 8) {
+        bnb_fail(err, BNB_E_ARG, "%s: the bytes of a .bnb file must lie at a multiple of 8", name);
+        return NULL;
+    }
+    bnb_file *f = bnb__file_new(env, name, err);
+    if (!f) return NULL;
+    f->data = data;
+    f->bytes = bytes;
+    f->borrowed = 1;
+    if (bnb__file_parse(f, err)) {
+        bnb_file_free(f);
+        f = NULL;
+    }
+    return f;
+}
+
+int32_t bnb_file_tensor_count(const bnb_file *f) { return (int32_t)f->n_tensors; }
+bnb_tensor *bnb_file_tensor(const bnb_file *f, int32_t i) { return i < 0 || (uint64_t)i >= f->n_tensors ? NULL : f->tensors[f->order[i]]; }
+
+bnb_tensor *bnb_file_find(const bnb_file *f, const char *name) {
+    uint64_t hash = bnb_hash64(name, strlen(name), 0), lo = 0, hi = f->n_tensors;
+    while (lo < hi) {
+        uint64_t mid = lo + (hi - lo) / 2;
+        if (f->records[mid].name_hash < hash) lo = mid + 1;
+        else hi = mid;
+    }
+    for (; lo < f->n_tensors && f->records[lo].name_hash == hash; lo++)
+        if (!strcmp(f->tensors[lo]->name, name)) return f->tensors[lo];
+    return NULL;
+}
+
+int32_t bnb_file_key_count(const bnb_file *f) { return (int32_t)f->n_keys; }
+
+const bnb_file_key *bnb_file_key_at(const bnb_file *f, int32_t i, const char **name) {
+    if (i < 0 || (uint64_t)i >= f->n_keys) return NULL;
+    *name = (const char *)f->strs + f->keys[i].name_offset;
+    return &f->keys[i];
+}
+
+static const bnb_file_key *bnb__file_key(const bnb_file *f, const char *key, uint32_t kind) {
+    size_t n = strlen(key);
+    for (uint64_t lo = 0, hi = f->n_keys; lo < hi;) {
+        uint64_t mid = lo + (hi - lo) / 2;
+        const bnb_file_key *k = &f->keys[mid];
+        int c = memcmp(f->strs + k->name_offset, key, BNB__MIN(n, (size_t)k->name_bytes));
+        if (!c) c = k->name_bytes < n ? -1 : k->name_bytes > n;
+        if (!c) return k->kind == kind ? k : NULL;
+        if (c < 0) lo = mid + 1;
+        else hi = mid;
+    }
+    return NULL;
+}
+
+bnb_status bnb_file_i64(const bnb_file *f, const char *key, int64_t *out) {
+    const bnb_file_key *k = bnb__file_key(f, key, BNB_KEY_I64);
+    if (k) *out = (int64_t)k->value;
+    return k ? BNB_OK : BNB_E_ARG;
+}
+
+bnb_status bnb_file_f64(const bnb_file *f, const char *key, double *out) {
+    const bnb_file_key *k = bnb__file_key(f, key, BNB_KEY_F64);
+    if (k) memcpy(out, &k->value, sizeof *out);
+    return k ? BNB_OK : BNB_E_ARG;
+}
+
+const char *bnb_file_str(const bnb_file *f, const char *key, uint64_t *bytes) {
+    const bnb_file_key *k = bnb__file_key(f, key, BNB_KEY_STR);
+    *bytes = k ? k->count : 0;
+    return k ? (const char *)f->strs + k->value : NULL;
+}
+
+const int64_t *bnb_file_i64_array(const bnb_file *f, const char *key, uint64_t *count) {
+    const bnb_file_key *k = bnb__file_key(f, key, BNB_KEY_I64_ARRAY);
+    *count = k ? k->count : 0;
+    return k ? (const int64_t *)(const void *)(f->strs + k->value) : NULL;
+}
+
+const void *bnb_file_chunk(const bnb_file *f, const char *tag, uint64_t *bytes) {
+    uint64_t at = f->meta_begin;
+    const uint8_t *payload;
+    bnb__chunk c;
+    while (bnb__next_chunk(f, &at, &c, &payload) > 0)
+        if (!memcmp(c.tag, tag, 4)) {
+            *bytes = c.bytes;
+            return payload;
+        }
+    *bytes = 0;
+    return NULL;
+}
+
+bnb_status bnb_file_verify(bnb_file *f, bnb_error *err) {
+    bnb_status s = bnb__file_extents(f, 1, err);
+    if (s) return s;
+    for (uint64_t i = 0; i < f->n_tensors; i++) {
+        const bnb_tensor *t = f->tensors[f->order[i]];
+        const bnb_file_record *r = &f->records[f->order[i]];
+        for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+            const bnb_file_plane *pl = &r->planes[p];
+            if (pl->bytes && bnb_hash64(f->data + pl->offset, pl->bytes, 0) != pl->hash)
+                return BNB__BAD("plane %d of tensor '%s' (offset %llu) is damaged: its hash does not match", (int)p, t->name, (bnb__ull)pl->offset);
+        }
+        if (!bnb_progress(f->owned.env, "verify", (double)(i + 1) / (double)f->n_tensors)) return bnb_fail(err, BNB_E_CANCELLED, "%s: checking was cancelled", f->name);
+    }
+    return BNB_OK;
+}
