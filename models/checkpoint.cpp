@@ -1,0 +1,491 @@
+// checkpoint.cpp: Hugging Face checkpoints into models and .bnb files.
+//
+// Both ways make one plan, a list that says of every tensor of the network which tensor of the source it is made from and
+// what it becomes, and both fill their tensors with one function, produce(). See checkpoint.h and load_policy.h.
+#include "checkpoint.h"
+
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <unordered_set>
+
+#include "arch.h"
+#include "bnb_writer.h"
+#include "hf_config.h"
+#include "load_policy.h"
+#include "safetensors.h"
+#include "tokenizer_json.h"
+
+namespace bnb {
+namespace {
+
+constexpr size_t max_warnings = 20; // of one kind; a damaged file could have a million
+
+// ---- where weights come from ----------------------------------------------------------------------------------------
+
+struct FreeFile {
+    void operator()(bnb_file *f) const { bnb_file_free(f); }
+};
+
+// A Hugging Face checkpoint or a .bnb file: what comes after treats both alike.
+struct Origin {
+    std::string name; // for messages
+    std::unique_ptr<Checkpoint> checkpoint;
+    std::unique_ptr<bnb_file, FreeFile> file;
+    HfConfig hf;
+    std::vector<SourceTensor> tensors;
+};
+
+bool is_bnb_file(const std::string &path) {
+    std::error_code ec;
+    if (!std::filesystem::is_regular_file(path, ec)) return false;
+    FILE *f = fopen(path.c_str(), "rb");
+    char magic[4] = {};
+    size_t n = f ? fread(magic, 1, 4, f) : 0;
+    if (f) fclose(f);
+    return n == 4 && memcmp(magic, BNB_FILE_MAGIC, 4) == 0; // the rest may be damaged: the reader of .bnb files says how
+}
+
+bool open_bnb(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
+    o->file.reset(bnb_file_open(env, path.c_str(), 0, err));
+    if (!o->file || !config_from_file(o->file.get(), &o->hf.config, err)) return false;
+    o->hf.arch = arch_find(o->hf.config.arch);
+    for (int32_t i = 0; i < bnb_file_tensor_count(o->file.get()); i++) {
+        const bnb_tensor *t = bnb_file_tensor(o->file.get(), i);
+        SourceTensor s;
+        s.name = bnb_tensor_name(t);
+        s.type = bnb_tensor_type(t);
+        s.dtype = bnb_type_name(s.type);
+        s.shape.assign(bnb_tensor_shape(t), bnb_tensor_shape(t) + bnb_tensor_n_dims(t));
+        s.data = bnb_tensor_plane(t, 0);
+        s.bytes = bnb_plane_bytes(s.type, bnb_tensor_quant(t), bnb_tensor_n_dims(t), bnb_tensor_shape(t), 0);
+        s.tensor = t;
+        o->tensors.push_back(std::move(s));
+    }
+    return true;
+}
+
+bool open_checkpoint(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
+    o->checkpoint = Checkpoint::open(env, path, err);
+    if (!o->checkpoint || !hf_config_read(env, *o->checkpoint, &o->hf, err)) return false;
+    o->tensors = o->checkpoint->tensors();
+    return true;
+}
+
+bool open_origin(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
+    o->name = printable_path(path);
+    return is_bnb_file(path) ? open_bnb(env, path, o, err) : open_checkpoint(env, path, o, err);
+}
+
+// The tokenizer, if there is one. A .bnb has it in the form in which it is written.
+bool read_tokenizer(const Origin &o, bool *found, TokenizerData *data, bnb_error *err) {
+    *found = false;
+    if (o.file) {
+        uint64_t n;
+        const void *chunk = bnb_file_chunk(o.file.get(), "tokn", &n);
+        *found = chunk != nullptr;
+        return !chunk || parse(chunk, n, data, err);
+    }
+    for (const char *name : {"tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"}) {
+        std::error_code ec;
+        *found = *found || std::filesystem::exists(o.checkpoint->directory() + "/" + name, ec);
+    }
+    return !*found || tokenizer_from_dir(o.checkpoint->directory(), data, err);
+}
+
+// ---- the plan -------------------------------------------------------------------------------------------------------
+
+// One tensor of the result.
+struct PlanItem {
+    TensorInfo info;
+    const SourceTensor *source;
+    bool transpose; // the source is [in, out]
+    Target target;
+};
+
+struct ConversionPlan {
+    Config config;
+    std::vector<PlanItem> items; // in the order of the result
+    uint64_t bytes_in = 0;
+};
+
+using Bound = std::unordered_map<std::string, const SourceTensor *>; // canonical name -> tensor
+
+bool ends_with_any(const std::string &name, const char *const *ends) {
+    for (; *ends; ends++) {
+        size_t n = strlen(*ends);
+        if (name.size() >= n && name.compare(name.size() - n, n, *ends) == 0) return true;
+    }
+    return false;
+}
+
+bool bind_names(const Origin &o, Bound *bound, bnb_error *err) {
+    for (const SourceTensor &t : o.tensors) {
+        const std::string name = canonical_name(*o.hf.arch, t.name);
+        if (ends_with_any(name, o.hf.arch->ignored)) continue;
+        auto added = bound->emplace(name, &t);
+        if (added.second) continue;
+        bnb_fail(err, BNB_E_FORMAT, "%s: '%s' and '%s' are both '%s'", o.name.c_str(), printable(added.first->second->name).c_str(),
+                 printable(t.name).c_str(), printable(name).c_str());
+        return false;
+    }
+    return true;
+}
+
+bool same_contents(const SourceTensor &a, const SourceTensor &b) {
+    return a.type == b.type && a.shape == b.shape && a.bytes == b.bytes && memcmp(a.data, b.data, a.bytes) == 0;
+}
+
+// Decides whether the head is the token embedding. A head in the checkpoint is used, whatever the flag says (transformers
+// 5), except where it is the embedding once more; where only one of the two is there and they are tied, it is both.
+void resolve_head(bnb_env *env, const Origin &o, Config *config, Bound *bound) {
+    Config untied = *config;
+    untied.tied = false;
+    const std::vector<TensorInfo> infos = o.hf.arch->tensors(untied);
+    auto head = std::find_if(infos.begin(), infos.end(), [](const TensorInfo &t) { return t.role == Role::Head; });
+    if (head == infos.end()) return;
+    auto table = std::find_if(infos.begin(), infos.end(), [&](const TensorInfo &t) { return t.role == Role::Embedding && t.shape == head->shape; });
+    if (table == infos.end()) return;
+    auto find = [&](const std::string &name) { auto it = bound->find(name); return it == bound->end() ? nullptr : it->second; };
+    const SourceTensor *h = find(head->name), *e = find(table->name);
+    const bool differ = h && e && !same_contents(*h, *e);
+    if (!o.hf.tied_known) config->tied = !h || (e && !differ);
+    if (config->tied && differ) {
+        bnb_log(env, BNB_LOG_WARN, "%s: the configuration ties '%s' to '%s', but they differ: each is used", o.name.c_str(),
+                head->name.c_str(), table->name.c_str());
+        config->tied = false;
+    }
+    if (!config->tied) return;
+    if (!e && h) (*bound)[table->name] = h;
+    bound->erase(head->name);
+}
+
+std::vector<int64_t> reversed(const std::vector<int64_t> &shape) { return {shape.rbegin(), shape.rend()}; }
+
+// Whether the matrices that may be are stored [in, out]: nothing says so but the shapes of those that are not square, and
+// those must agree. A square one tells nothing by itself, and a wrong guess would run and produce nonsense.
+bool find_layout(const Origin &o, const std::vector<TensorInfo> &infos, const Bound &bound, bool *transposed, bnb_error *err) {
+    const SourceTensor *decided = nullptr;
+    *transposed = false;
+    for (const TensorInfo &info : infos) {
+        auto it = bound.find(info.name);
+        if (!o.hf.arch->may_be_transposed(info.name) || it == bound.end() || info.shape == reversed(info.shape)) continue;
+        bool in_out = it->second->shape == reversed(info.shape);
+        if (!in_out && it->second->shape != info.shape) continue; // the check of shapes says more about it
+        if (decided && in_out != *transposed) {
+            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' is stored [%s] but '%s' is stored [%s]: the layers do not agree", o.name.c_str(),
+                     printable(decided->name).c_str(), *transposed ? "in, out" : "out, in", printable(it->second->name).c_str(),
+                     in_out ? "in, out" : "out, in");
+            return false;
+        }
+        decided = it->second;
+        *transposed = in_out;
+    }
+    return true;
+}
+
+bool check_missing(const Origin &o, const std::vector<TensorInfo> &infos, const Bound &bound, bnb_error *err) {
+    const TensorInfo *first = nullptr;
+    size_t n = 0;
+    for (const TensorInfo &info : infos) {
+        if (info.optional || bound.count(info.name)) continue;
+        if (n++ == 0) first = &info;
+    }
+    if (n == 0) return true;
+    bnb_fail(err, BNB_E_FORMAT, "%s lacks %zu of the %zu tensors of the network, the first is '%s' of shape %s", o.name.c_str(), n,
+             infos.size(), first->name.c_str(), shape_text(first->shape).c_str());
+    return false;
+}
+
+// Names every tensor that the network has no place for. Cross-attention is not ballast: without it the model is another.
+bool report_unused(bnb_env *env, const Origin &o, const Bound &bound, const std::vector<PlanItem> &items, bnb_error *err) {
+    std::unordered_set<const SourceTensor *> used;
+    for (const PlanItem &item : items) used.insert(item.source);
+    size_t n = 0;
+    for (const SourceTensor &t : o.tensors) { // in the order of the file, so that the log is the same each time
+        auto it = bound.find(canonical_name(*o.hf.arch, t.name));
+        if (it == bound.end() || it->second != &t || used.count(&t)) continue;
+        if (t.name.find("crossattention") != std::string::npos || t.name.find("cross_attn") != std::string::npos) {
+            bnb_fail(err, BNB_E_UNSUPPORTED, "%s: '%s' belongs to cross-attention, which is not offered", o.name.c_str(), printable(t.name).c_str());
+            return false;
+        }
+        if (n++ < max_warnings)
+            bnb_log(env, BNB_LOG_WARN, "%s: '%s' of shape %s is not used by %s", o.name.c_str(), printable(t.name).c_str(),
+                    shape_text(t.shape).c_str(), o.hf.arch->name);
+    }
+    if (n > max_warnings) bnb_log(env, BNB_LOG_WARN, "%s: %zu more tensors are not used", o.name.c_str(), n - max_warnings);
+    return true;
+}
+
+bool check_item(const Origin &o, const PlanItem &item, bnb_error *err) {
+    const SourceTensor &s = *item.source;
+    const std::vector<int64_t> expected = item.transpose ? reversed(item.info.shape) : item.info.shape;
+    if (s.shape != expected) {
+        bnb_fail(err, BNB_E_SHAPE, "%s: '%s' has the shape %s, but the configuration asks for %s", o.name.c_str(), printable(s.name).c_str(),
+                 shape_text(s.shape).c_str(), shape_text(expected).c_str());
+        return false;
+    }
+    if (is_plain_float(s.type) || bnb_type_is_quantized(s.type)) return true;
+    bnb_fail(err, BNB_E_TYPE, "%s: '%s' has the dtype %s, but weights are F32, F16 or BF16", o.name.c_str(), printable(s.name).c_str(), s.dtype.c_str());
+    return false;
+}
+
+bool make_plan(bnb_env *env, const Origin &o, const LoadPolicy &policy, ConversionPlan *plan, bnb_error *err) {
+    Bound bound;
+    plan->config = o.hf.config;
+    if (!bind_names(o, &bound, err)) return false;
+    resolve_head(env, o, &plan->config, &bound);
+    const std::vector<TensorInfo> infos = o.hf.arch->tensors(plan->config);
+    bool transposed = false;
+    if (!check_missing(o, infos, bound, err) || !find_layout(o, infos, bound, &transposed, err)) return false;
+    for (const TensorInfo &info : infos) {
+        auto it = bound.find(info.name);
+        if (it == bound.end()) continue; // optional
+        const SourceTensor *s = it->second;
+        PlanItem item = {info, s, transposed && o.hf.arch->may_be_transposed(info.name), {}};
+        if (!check_item(o, item, err)) return false;
+        item.target = policy.target(info, s->type, s->tensor ? bnb_tensor_quant(s->tensor) : nullptr);
+        plan->bytes_in += s->tensor ? bnb_tensor_bytes(s->tensor) : s->bytes;
+        plan->items.push_back(std::move(item));
+    }
+    return report_unused(env, o, bound, plan->items, err);
+}
+
+// ---- producing one tensor -------------------------------------------------------------------------------------------
+
+// Numbers of one plain type and layout into another, by all threads.
+struct CastJob {
+    const uint8_t *src;
+    uint8_t *dst;
+    int32_t src_type, dst_type;
+    size_t src_size, dst_size; // bytes of a number
+    int64_t n;                 // numbers; of a transposition: rows of dst
+    int64_t columns;           // of dst
+};
+
+constexpr int64_t cast_chunk = 1 << 16;
+
+void cast_part(void *arg, int64_t i) {
+    const CastJob &j = *static_cast<const CastJob *>(arg);
+    const int64_t first = i * cast_chunk, n = std::min(cast_chunk, j.n - first);
+    (void)bnb_convert(j.src_type, j.src + size_t(first) * j.src_size, j.dst_type, j.dst + size_t(first) * j.dst_size, n, nullptr);
+}
+
+// A band of rows of dst is a band of columns of src: short runs of those are gathered in a tile that stays in the cache.
+constexpr int64_t band_rows = 16, tile_columns = 256;
+
+void transpose_part(void *arg, int64_t i) {
+    const CastJob &j = *static_cast<const CastJob *>(arg);
+    const int64_t first = i * band_rows, rows = std::min(band_rows, j.n - first);
+    alignas(64) uint8_t tile[band_rows * tile_columns * 4]; // [rows, tile_columns] of src_size bytes
+    for (int64_t c0 = 0; c0 < j.columns; c0 += tile_columns) {
+        const int64_t columns = std::min(tile_columns, j.columns - c0);
+        for (int64_t c = 0; c < columns; c++) {
+            const uint8_t *from = j.src + size_t((c0 + c) * j.n + first) * j.src_size; // [columns of dst, rows of dst]
+            for (int64_t r = 0; r < rows; r++) memcpy(tile + size_t(r * tile_columns + c) * j.src_size, from + size_t(r) * j.src_size, j.src_size);
+        }
+        for (int64_t r = 0; r < rows; r++)
+            (void)bnb_convert(j.src_type, tile + size_t(r * tile_columns) * j.src_size, j.dst_type,
+                              j.dst + size_t((first + r) * j.columns + c0) * j.dst_size, columns, nullptr);
+    }
+}
+
+// The values of an item in the plain type of dst, [out, in].
+bool fill_values(bnb_env *env, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    const SourceTensor &s = *item.source;
+    if (bnb_type_is_quantized(s.type)) return bnb_dequantize(env, s.tensor, dst, err) == BNB_OK;
+    const int32_t type = bnb_tensor_type(dst);
+    CastJob job = {static_cast<const uint8_t *>(s.data), static_cast<uint8_t *>(bnb_tensor_plane(dst, 0)), s.type, type,
+                   size_t(bnb_type_bits(s.type) / 8), size_t(bnb_type_bits(type) / 8), bnb_tensor_elements(dst), 0};
+    if (item.transpose) {
+        job.n = item.info.shape[0];
+        job.columns = item.info.shape[1];
+        bnb_parallel(env, (job.n + band_rows - 1) / band_rows, transpose_part, &job);
+    } else {
+        bnb_parallel(env, (job.n + cast_chunk - 1) / cast_chunk, cast_part, &job);
+    }
+    return true;
+}
+
+bool check_finite(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, const bnb_tensor *t, bnb_error *err) {
+    if (policy.params().allow_nonfinite) return true;
+    bnb_error why;
+    const bnb_status status = bnb_tensor_check_finite(env, t, &why);
+    if (status == BNB_OK) return true;
+    const bool changed = bnb_tensor_type(t) != item.source->type;
+    bnb_fail(err, status, "%s%s%s%s", why.msg, changed ? " as " : "", changed ? bnb_type_name(bnb_tensor_type(t)) : "",
+             changed ? (", stored as " + item.source->dtype).c_str() : "");
+    return false;
+}
+
+void copy_planes(const bnb_tensor *from, bnb_tensor *to) {
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+        const uint64_t bytes = bnb_plane_bytes(from->type, &from->quant, from->n_dims, from->shape, p);
+        if (bytes) memcpy(bnb_tensor_plane(to, p), bnb_tensor_plane(from, p), bytes);
+    }
+}
+
+bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    std::shared_ptr<TensorStore> scratch = TensorStore::create(env, err);
+    if (!scratch) return false;
+    scratch->add(item.info.name, item.info.shape, item.target.cast, nullptr);
+    if (!scratch->status(err)) return false;
+    bnb_tensor *values = scratch->tensors()[0];
+    const SourceTensor &s = *item.source;
+    const bool as_is = s.type == item.target.cast && !item.transpose && reinterpret_cast<uintptr_t>(s.data) % 4 == 0;
+    if (as_is) { // the file itself is the source: no copy
+        void *planes[BNB_MAX_PLANES] = {const_cast<void *>(s.data)};
+        if (bnb_tensor_bind(values, planes, err) != BNB_OK) return false;
+    } else if (!scratch->alloc(err) || !fill_values(env, item, values, err)) {
+        return false;
+    }
+    return check_finite(env, policy, item, values, err) && bnb_quantize(env, values, dst, policy.params().compat, err) == BNB_OK &&
+           check_finite(env, policy, item, dst, err); // int8 rounds to f16 first, which may overflow
+}
+
+// Fills dst, RESIDENT and of the item's target type, and lets go of the source.
+bool produce(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    bool ok = true;
+    if (item.target.copy) {
+        copy_planes(item.source->tensor, dst);
+        ok = check_finite(env, policy, item, dst, err);
+    } else if (bnb_type_is_quantized(item.target.type)) {
+        ok = quantize_item(env, policy, item, dst, err);
+    } else {
+        ok = fill_values(env, item, dst, err) && check_finite(env, policy, item, dst, err);
+    }
+    release_pages(item.source->data, item.source->bytes);
+    return ok;
+}
+
+bool report_progress(bnb_env *env, const char *phase, const ConversionPlan &plan, uint64_t done, bnb_error *err) {
+    if (bnb_progress(env, phase, plan.bytes_in ? double(done) / double(plan.bytes_in) : 1)) return true;
+    bnb_fail(err, BNB_E_CANCELLED, "cancelled");
+    return false;
+}
+
+uint64_t source_bytes(const PlanItem &item) { return item.source->tensor ? bnb_tensor_bytes(item.source->tensor) : item.source->bytes; }
+
+// ---- loading --------------------------------------------------------------------------------------------------------
+
+bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params,
+                           bnb_error *err) {
+    Origin origin;
+    ConversionPlan plan;
+    ModelSource model;
+    if (!open_origin(env, path, &origin, err)) return nullptr;
+    std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, load, err);
+    if (!policy || !make_plan(env, origin, *policy, &plan, err)) return nullptr;
+    bool has_tokenizer = false;
+    TokenizerData tokenizer;
+    if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return nullptr;
+    if (has_tokenizer && !(model.tokenizer = Tokenizer::create(std::move(tokenizer), err))) return nullptr;
+    std::shared_ptr<TensorStore> store = TensorStore::create(env, err);
+    if (!store) return nullptr;
+    for (const PlanItem &item : plan.items) store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+    if (!store->status(err) || !store->alloc(err)) return nullptr;
+    uint64_t done = 0;
+    for (size_t i = 0; i < plan.items.size(); i++) {
+        if (!produce(env, *policy, plan.items[i], store->tensors()[i], err)) return nullptr;
+        done += source_bytes(plan.items[i]);
+        if (!report_progress(env, "load", plan, done, err)) return nullptr;
+    }
+    model.config = plan.config;
+    model.tensors = store->tensors();
+    model.keep = store;
+    return model_create(env, std::move(model), params, err);
+}
+
+// A .bnb is mapped as it is. What it is asked to be can only be checked.
+bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params, bnb_error *err) {
+    bnb_model *model = bnb_model_open(env, path.c_str(), params, err);
+    const int32_t wanted = params_read(load, bnb_load_params_default).type;
+    bnb_model_info info = {};
+    info.struct_size = sizeof info;
+    if (model) bnb_model_get_info(model, &info);
+    if (!model || wanted < 0 || wanted == info.linear_type) return model;
+    const char *stored = bnb_type_name(info.linear_type), *type = bnb_type_name(wanted);
+    const std::string shown = printable_path(path);
+    bnb_model_free(model);
+    bnb_fail(err, BNB_E_UNSUPPORTED, "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
+             shown.c_str(), stored, type ? type : "another type", shown.c_str(), type ? type : "TYPE");
+    return nullptr;
+}
+
+// ---- converting -----------------------------------------------------------------------------------------------------
+
+bool write_metadata(const Origin &origin, const ConversionPlan &plan, BnbWriter *w, bnb_error *err) {
+    Config config = plan.config;
+    w->add_key("general.arch", config.arch);
+    w->add_key("general.version", BNB_VERSION);
+    config.fields([&](const char *name, auto &value) { w->add_key(std::string("config.") + name, value); });
+    bool has_tokenizer = false;
+    TokenizerData tokenizer;
+    if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return false;
+    if (has_tokenizer) w->add_chunk("tokn", serialize(tokenizer));
+    for (const PlanItem &item : plan.items) w->add_tensor(item.info.name, item.target.type, &item.target.quant, item.info.shape);
+    return true;
+}
+
+bool convert(bnb_env *env, const std::string &src, const std::string &dst, const bnb_load_params *load, bnb_convert_result *result,
+             bnb_error *err) {
+    Origin origin;
+    ConversionPlan plan;
+    if (!open_origin(env, src, &origin, err)) return false;
+    std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, load, err);
+    if (!policy || !make_plan(env, origin, *policy, &plan, err)) return false;
+    std::unique_ptr<BnbWriter> writer = BnbWriter::create(dst, err);
+    if (!writer || !write_metadata(origin, plan, writer.get(), err)) return false;
+    uint64_t done = 0;
+    for (const PlanItem &item : plan.items) {
+        std::shared_ptr<TensorStore> store = TensorStore::create(env, err); // one tensor at a time
+        if (!store) return false;
+        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+        if (!store->status(err) || !store->alloc(err)) return false;
+        if (!produce(env, *policy, item, store->tensors()[0], err) || !writer->write_tensor(store->tensors()[0], err)) return false;
+        done += source_bytes(item);
+        result->n_quantized += bnb_type_is_quantized(item.target.type);
+        if (!report_progress(env, "quantize", plan, done, err)) return false;
+    }
+    if (!writer->finish(err)) return false;
+    result->n_tensors = int64_t(plan.items.size());
+    result->bytes_in = plan.bytes_in;
+    result->bytes_out = writer->file_bytes();
+    return true;
+}
+
+} // namespace
+} // namespace bnb
+
+// ---- the C API ------------------------------------------------------------------------------------------------------
+
+using namespace bnb;
+
+void bnb_load_params_default(bnb_load_params *p, uint32_t struct_size) {
+    bnb_load_params d = {};
+    d.struct_size = struct_size;
+    d.type = d.rest_type = -1;
+    d.blocksize = bnb_quant_default(BNB_NF4).blocksize;
+    d.threshold = bnb_quant_default(BNB_INT8).threshold;
+    d.compat = BNB_COMPAT_CUDA;
+    params_write(p, struct_size, d);
+}
+
+bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params, bnb_error *err) {
+    return guarded(err, static_cast<bnb_model *>(nullptr),
+                   [&] { return is_bnb_file(path) ? load_bnb(env, path, load, params, err) : load_checkpoint(env, path, load, params, err); });
+}
+
+bnb_status bnb_convert_checkpoint(bnb_env *env, const char *src, const char *dst, const bnb_load_params *load, bnb_convert_result *result,
+                                  bnb_error *err) {
+    const auto start = std::chrono::steady_clock::now();
+    bnb_convert_result r = {};
+    bnb_error why = {};
+    if (!guarded(&why, false, [&] { return convert(env, src, dst, load, &r, &why); })) {
+        if (err) *err = why;
+        return why.code;
+    }
+    r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    if (result) *result = r;
+    return BNB_OK;
+}

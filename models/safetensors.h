@@ -1,0 +1,85 @@
+// safetensors.h: reads safetensors files, and checkpoints that are split into several of them, by mapping them.
+//
+// Not: no writing, no PyTorch pickles, no GGUF, no weights that are already quantized. These are recognised and refused
+//      with a sentence that says what they are.
+//
+// A file is trusted in nothing: every count, offset and name is checked before it is used. What the maps show is the
+// file itself, so a file that another program shortens while it is mapped ends the process (SIGBUS), as with any mmap.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../bnb.h"
+
+namespace bnb {
+
+// One tensor of a checkpoint.
+struct SourceTensor {
+    std::string name;
+    std::string dtype;              // as the file spells it: "BF16"
+    int32_t type = -1;              // BNB_F32, BNB_F16, ...; -1: nothing that bnb computes with
+    std::vector<int64_t> shape;     // outermost first
+    const void *data = nullptr;     // in the mapped file: may be unaligned, lives as long as the file
+    uint64_t bytes = 0;
+    const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
+};
+
+// A file mapped for reading.
+class MappedFile {
+public:
+    static std::unique_ptr<MappedFile> open(const std::string &path, bnb_error *err); // only regular files
+    ~MappedFile();
+    MappedFile(const MappedFile &) = delete;
+    MappedFile &operator=(const MappedFile &) = delete;
+
+    const uint8_t *data() const { return data_; }
+    uint64_t size() const { return size_; }
+
+private:
+    MappedFile() = default;
+    const uint8_t *data_ = nullptr;
+    uint64_t size_ = 0;
+};
+
+// These bytes of a file's mapping have been read and need not stay in memory: they are read again if they are needed.
+void release_pages(const void *data, uint64_t bytes);
+
+// The tensors of the safetensors file [bytes] at `data`, in the order of their data. `file` is its name in messages.
+bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file, std::vector<SourceTensor> *out,
+                       bnb_error *err);
+
+// A checkpoint of one or several files.
+class Checkpoint {
+public:
+    // path: a directory as Hugging Face lays it out, a safetensors file, or an index file of several. Tensors that the
+    // index does not list are left out, with a warning in env's log.
+    static std::unique_ptr<Checkpoint> open(bnb_env *env, const std::string &path, bnb_error *err);
+
+    const std::string &directory() const { return directory_; } // where config.json and the tokenizer lie
+    const std::vector<SourceTensor> &tensors() const { return tensors_; }
+
+private:
+    Checkpoint() = default;
+    bool add_file(const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err);
+    bool add_index(bnb_env *env, const std::string &path, bnb_error *err);
+
+    std::string directory_;
+    std::vector<std::unique_ptr<MappedFile>> files_;
+    std::vector<SourceTensor> tensors_;
+};
+
+// Reads a JSON file more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte
+// and anything that is not UTF-8 are errors.
+bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err);
+
+// For messages: names come from files, so control characters and ill-formed UTF-8 become '?' and long ones are cut.
+std::string printable(const std::string &name);
+std::string printable_path(const std::string &path); // keeps the end, which tells files apart
+std::string shape_text(const std::vector<int64_t> &shape); // "[2, 3]"
+
+} // namespace bnb
