@@ -1,0 +1,187 @@
+# Makefile: builds bnb's programs, library and tests with GNU make and any C11/C++17 compiler.
+#
+#   make                 main quantize inspect bench perplexity
+#   make demo            builds ./main and generates text with the model in models/demo
+#   make test            builds and runs all tests; the last line is "N passed, N failed"
+#   make asan            the same tests with address and undefined-behaviour checks
+#   make tsan            the tests about threads, with data-race checks
+#   make aarch64         the library's tests for ARM, cross-compiled and run under qemu
+#   make fuzz            random files for the readers, with clang's libFuzzer; FUZZ_SECONDS=60 for each of tests/fuzz
+#   make install         programs, headers, libbnb.a, pkg-config and CMake files; PREFIX=/usr/local DESTDIR=
+#   make clean
+#
+# What it will not do: detect your CPU. bnb.c picks its fast kernels when it runs, so no -march is needed.
+# make test, demo and the library need the header nlohmann/json.hpp, the tests also doctest/doctest.h: if the compiler
+# does not find one, Debian's package is installed (with sudo where you are not root).
+
+PROGRAMS = main quantize inspect bench perplexity
+VERSION := $(shell sed -n 's/^\#define BNB_VERSION "\(.*\)"/\1/p' bnb.h)
+
+CFLAGS ?= -O2
+CXXFLAGS ?= -O2
+PREFIX ?= /usr/local
+
+# A variant of the build (asan, tsan, aarch64) is this Makefile again with other values of these.
+BUILD = build
+BIN = .
+EXTRA =
+RUN =
+TESTARGS =
+
+WARNINGS = -Wall -Wextra
+SECTIONS = -ffunction-sections -fdata-sections# the linker drops what a program does not use
+COMPILE_C = $(CC) $(CFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(CPPFLAGS) -MMD -MP
+COMPILE_CXX = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(CPPFLAGS) -MMD -MP
+LINK = $(CXX) $(EXTRA) $(LDFLAGS) -Wl,--gc-sections
+
+LIBRARY_OBJECTS = $(BUILD)/bnb.o $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard models/*.cpp))
+TEST_OBJECTS = $(patsubst %.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp))
+TEST = $(BUILD)/test/bnb-test
+FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
+FUZZ_SECONDS = 60
+CLANG = clang
+
+# Use all cores unless told otherwise.
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
+endif
+
+all: $(PROGRAMS:%=$(BIN)/%)
+
+# ---- compile: objects and their dependency lists (.d) go to $(BUILD) -------------------------------------------------
+
+$(BUILD)/%.o: %.c
+	@mkdir -p $(@D)
+	$(COMPILE_C) -c $< -o $@
+
+$(BUILD)/%.o: %.cpp
+	@mkdir -p $(@D)
+	$(COMPILE_CXX) -c $< -o $@
+
+$(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
+	@rm -f $@
+	$(AR) rcs $@ $^
+
+$(PROGRAMS:%=$(BIN)/%): $(BIN)/%: $(BUILD)/examples/%.o $(BUILD)/libbnb.a
+	@mkdir -p $(@D)
+	$(LINK) $^ -o $@ -lm -pthread
+
+$(TEST): $(TEST_OBJECTS) $(BUILD)/libbnb.a
+	@mkdir -p $(@D)
+	$(LINK) $^ -o $@ -lm -pthread
+
+$(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libbnb.a
+	@mkdir -p $(@D)
+	$(LINK) -fsanitize=fuzzer $^ -o $@ -lm -pthread
+
+-include $(LIBRARY_OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(PROGRAMS:%=$(BUILD)/examples/%.d)
+
+# ---- headers from packages -------------------------------------------------------------------------------------------
+
+$(filter $(BUILD)/models/%,$(LIBRARY_OBJECTS)): | $(BUILD)/have/nlohmann-json3-dev
+$(TEST_OBJECTS): | $(BUILD)/have/doctest-dev $(BUILD)/have/nlohmann-json3-dev
+$(BUILD)/have/doctest-dev: | $(BUILD)/have/nlohmann-json3-dev# one after the other: apt-get locks
+$(BUILD)/have/nlohmann-json3-dev: HEADER = nlohmann/json.hpp
+$(BUILD)/have/doctest-dev: HEADER = doctest/doctest.h
+
+SUDO = $(shell [ "$$(id -u)" = 0 ] || echo sudo)
+
+$(BUILD)/have/%:
+	@echo '#include <$(HEADER)>' | $(CXX) $(CPPFLAGS) -std=c++17 -x c++ -E - >/dev/null 2>&1 || { \
+	    echo "The header $(HEADER) is missing: installing the package $*"; \
+	    command -v apt-get >/dev/null || { echo "There is no apt-get here: please install $(HEADER) yourself"; exit 1; }; \
+	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $*; }
+	@mkdir -p $(@D) && touch $@
+
+# ---- use -------------------------------------------------------------------------------------------------------------
+
+demo: $(BIN)/main
+	$(BIN)/main -m models/demo/demo-nf4.bnb -p "And God said" -n 100 --seed 1
+
+test: all $(TEST)
+	BNB_BIN_DIR=$(BIN) $(RUN) $(TEST) $(TESTARGS)
+
+test-library: $(TEST)
+	$(RUN) $(TEST) --test-suite-exclude=cli,embed $(TESTARGS)
+
+asan:
+	+$(MAKE) test BUILD=build/asan BIN=build/asan CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" \
+	    EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+
+tsan:
+	+$(MAKE) test-library BUILD=build/tsan CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" EXTRA="-fsanitize=thread" \
+	    TESTARGS="--test-case=*thread*"
+
+fuzz:
+	+$(MAKE) fuzz-run BUILD=build/fuzz CC=$(CLANG) CXX=$(CLANG)++ CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" \
+	    EXTRA="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -DBNB_FUZZ"
+
+fuzz-run: $(FUZZERS:tests/fuzz/%.cpp=run-%)
+run-fuzz_%: $(BUILD)/fuzz/fuzz_%
+	@mkdir -p $(BUILD)/corpus/$*
+	$< -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 $(BUILD)/corpus/$* $(wildcard tests/attacks/$*)
+
+aarch64:
+	+$(MAKE) test-library BUILD=build/aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
+	    AR=aarch64-linux-gnu-ar LDFLAGS=-static RUN=qemu-aarch64
+
+# ---- install ---------------------------------------------------------------------------------------------------------
+# Installed or copied, sources include the same: "bnb.h", "models/model.h".
+
+HEADERS = $(DESTDIR)$(PREFIX)/include/bnb
+LIB = $(DESTDIR)$(PREFIX)/lib
+
+define PKG_CONFIG
+prefix=$${pcfiledir}/../..
+Name: bnb
+Description: runs language models in the bitsandbytes formats
+Version: $(VERSION)
+Cflags: -I$${prefix}/include/bnb
+Libs: -L$${prefix}/lib -lbnb -lstdc++ -lm -pthread
+endef
+
+define CMAKE_CONFIG
+include(CMakeFindDependencyMacro)
+find_dependency(Threads)
+get_filename_component(bnb_PREFIX "$${CMAKE_CURRENT_LIST_DIR}/../../.." ABSOLUTE)
+if(NOT TARGET bnb::bnb)
+  add_library(bnb::bnb STATIC IMPORTED)
+  set_target_properties(bnb::bnb PROPERTIES
+    IMPORTED_LOCATION "$${bnb_PREFIX}/lib/libbnb.a"
+    IMPORTED_LINK_INTERFACE_LANGUAGES "C;CXX"
+    INTERFACE_INCLUDE_DIRECTORIES "$${bnb_PREFIX}/include/bnb"
+    INTERFACE_LINK_LIBRARIES "Threads::Threads;m")
+endif()
+endef
+
+define CMAKE_VERSION
+set(PACKAGE_VERSION "$(VERSION)")
+if(PACKAGE_VERSION VERSION_LESS PACKAGE_FIND_VERSION)
+  set(PACKAGE_VERSION_COMPATIBLE FALSE)
+else()
+  set(PACKAGE_VERSION_COMPATIBLE TRUE)
+  if(PACKAGE_FIND_VERSION STREQUAL PACKAGE_VERSION)
+    set(PACKAGE_VERSION_EXACT TRUE)
+  endif()
+endif()
+endef
+export PKG_CONFIG CMAKE_CONFIG CMAKE_VERSION
+
+install: all $(BUILD)/libbnb.a
+	install -d $(DESTDIR)$(PREFIX)/bin $(HEADERS)/models $(LIB)/pkgconfig $(LIB)/cmake/bnb
+	for p in $(PROGRAMS); do install $(BIN)/$$p $(DESTDIR)$(PREFIX)/bin/bnb-$$p || exit 1; done
+	install -m 644 bnb.h $(HEADERS)
+	install -m 644 models/model.h models/checkpoint.h $(HEADERS)/models
+	install -m 644 $(BUILD)/libbnb.a $(LIB)
+	printf '%s\n' "$$PKG_CONFIG" > $(LIB)/pkgconfig/bnb.pc
+	printf '%s\n' "$$CMAKE_CONFIG" > $(LIB)/cmake/bnb/bnbConfig.cmake
+	printf '%s\n' "$$CMAKE_VERSION" > $(LIB)/cmake/bnb/bnbConfigVersion.cmake
+
+clean:
+	rm -rf build $(PROGRAMS)
+
+help:
+	@sed -n 's/^#   make/make/p' Makefile
+
+.PHONY: all demo test test-library asan tsan fuzz fuzz-run aarch64 install clean help
+.SECONDARY:# keep objects that only pattern rules name

@@ -1,0 +1,436 @@
+// bench: how fast a model, or one matrix product, is on this machine, and how much of the machine's limit that is.
+//
+// Build: make            or:  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o bench examples/bench.cpp bnb.o models/*.cpp -pthread
+// Use:   ./bench -m model.bnb            ./bench --synthetic opt-1.3b --type nf4
+//        ./bench --ops --shape 4096,4096 --type nf4 -b 1,4,16,64,512
+// Not:   no comparison with other programs, no power or temperature control: look at the spread, repeat on a quiet machine.
+//
+// Decoding one token reads every weight once, so its limit is memory bandwidth. That limit is measured here, with the
+// same threads, and decode speed is given as a part of it.
+#include "cli.h"
+
+#include <stdlib.h>
+
+namespace {
+
+struct Options {
+    cli::Common common;
+    cli::ModelOptions model;
+    cli::QuantOptions quant;
+    cli::SyntheticOptions synthetic;
+    std::string batch = "1", shape = "4096,4096";
+    int64_t n_prompt = 512, n_gen = 128, reps = 5;
+    bool ops = false;
+};
+
+cli::Program program(Options &o) {
+    return {"measures the speed of a model or of one matrix product, and its part of the machine's limit",
+            {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]",
+             "--ops [--shape N,K] [--type TYPE] [-b 1,4,16,64,512,2048] [options]"},
+            cli::Rows{cli::heading("Model")} + o.model.row_path() + o.synthetic.rows(o.quant) +
+                o.quant.rows_type("of linear weights: of --synthetic, --ops (default there: nf4), or a checkpoint quantized on load") +
+                o.quant.rows() + o.model.rows() +
+                cli::Rows{cli::heading("What to measure"),
+                          {"-p, --n-prompt", "N", &o.n_prompt, "prompt tokens (prefill); 0: skip", 0},
+                          {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
+                          {"-b, --batch", "LIST", &o.batch, "rows: of one product each with --ops; a model takes 1 only"},
+                          {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
+                          {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
+                          {"--shape", "N,K", &o.shape, "of W with --ops"}} +
+                cli::Rows{cli::heading("Other")} + o.common.rows(),
+            "Speeds are the median of the repetitions, with the slowest and the fastest. Bandwidth is measured by adding up\n"
+            "a buffer that no cache holds, on the same threads.\n"};
+}
+
+int64_t positive(const char *option, const std::string &text) {
+    int64_t value = 0;
+    const cli::Option row = {option, "N", &value, "", 1, 1 << 24};
+    cli::assign(option, text, row);
+    return value;
+}
+
+std::vector<int64_t> positive_list(const char *option, const std::string &text) {
+    std::vector<int64_t> values;
+    for (const std::string &s : cli::split(text, ',')) values.push_back(positive(option, s));
+    if (values.empty()) cli::usage(std::string(option) + ": the list is empty");
+    return values;
+}
+
+// splitmix64: the same numbers on every machine
+struct Random {
+    uint64_t state;
+    uint64_t next() {
+        uint64_t z = state += 0x9E3779B97F4A7C15u;
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        return z ^ z >> 31;
+    }
+    float normal() { // nearly: the sum of four uniform numbers, scaled to variance 1
+        const uint64_t r = next();
+        float sum = 0;
+        for (int i = 0; i < 4; i++) sum += float(r >> (16 * i) & 0xFFFF) / 65536.0f - 0.5f;
+        return sum * 1.7320508f;
+    }
+};
+
+// ---- memory bandwidth --------------------------------------------------------------------------------------------------
+
+typedef uint64_t Vector __attribute__((vector_size(64))); // whatever the compiler may use; 16-byte loads suffice here
+
+struct Buffer {
+    static constexpr size_t bytes = size_t(1) << 29, parts = 512, part = bytes / sizeof(Vector) / parts;
+    Vector *data = static_cast<Vector *>(aligned_alloc(4096, bytes)); // not the env's: it would count as its memory
+    uint64_t sums[parts] = {};
+    ~Buffer() { free(data); }
+
+    static void fill(void *self, int64_t i) { memset(static_cast<Buffer *>(self)->data + size_t(i) * part, 1, part * sizeof(Vector)); }
+    static void sum(void *self, int64_t i) { // eight sums, or each addition would wait for the one before
+        Buffer &b = *static_cast<Buffer *>(self);
+        const Vector *v = b.data + size_t(i) * part;
+        Vector s[8] = {};
+        for (size_t k = 0; k < part; k += 8)
+            for (size_t j = 0; j < 8; j++) s[j] += v[k + j];
+        for (size_t j = 1; j < 8; j++) s[0] += s[j];
+        b.sums[i] = s[0][0] + s[0][1] + s[0][2] + s[0][3] + s[0][4] + s[0][5] + s[0][6] + s[0][7]; // nothing is dead code
+    }
+};
+
+// Bytes per second; the best of several runs, because a limit is asked for.
+double read_bandwidth(bnb_env *env) {
+    const auto buffer = std::make_unique<Buffer>();
+    if (!buffer->data) cli::fail("no memory to measure bandwidth with (512 MiB)");
+    bnb_parallel(env, Buffer::parts, Buffer::fill, buffer.get());
+    double best = 1e30;
+    for (int i = 0; i < 8; i++) {
+        const double start = cli::now();
+        bnb_parallel(env, Buffer::parts, Buffer::sum, buffer.get());
+        best = std::min(best, cli::now() - start);
+        cli::stop_if_interrupted();
+    }
+    return double(Buffer::bytes) / best;
+}
+
+// ---- a model -----------------------------------------------------------------------------------------------------------
+
+struct Speed { // per second
+    double median = 0, low = 0, high = 0;
+    explicit Speed(const std::vector<double> &v) {
+        if (v.empty()) return;
+        median = cli::median(v);
+        low = *std::min_element(v.begin(), v.end());
+        high = *std::max_element(v.begin(), v.end());
+    }
+    std::string text() const { return cli::format("%.2f tok/s  (%.2f .. %.2f)", median, low, high); }
+};
+
+// Tokens that share no prefix with those of another run: nothing is found in the cache.
+std::vector<int32_t> random_tokens(int64_t n, int64_t n_vocab, int64_t run) {
+    Random random = {uint64_t(run) << 32};
+    std::vector<int32_t> ids(size_t(std::max<int64_t>(n, 1)));
+    for (int32_t &id : ids) id = int32_t(random.next() % uint64_t(n_vocab));
+    ids[0] = int32_t(run % n_vocab);
+    return ids;
+}
+
+void sync(bnb_session *s, const std::vector<int32_t> &ids, int64_t n) {
+    bnb_error err;
+    cli::need(bnb_session_sync(s, ids.data(), n, &err), err);
+    cli::stop_if_interrupted();
+}
+
+// Seconds for n tokens: all at once after nothing, or one by one after one token.
+double prefill_seconds(bnb_session *s, const std::vector<int32_t> &ids) {
+    const double start = cli::now();
+    sync(s, ids, int64_t(ids.size()));
+    return cli::now() - start;
+}
+
+double decode_seconds(bnb_session *s, const std::vector<int32_t> &ids) {
+    sync(s, ids, 1);
+    const double start = cli::now();
+    for (size_t n = 2; n <= ids.size(); n++) sync(s, ids, int64_t(n));
+    return cli::now() - start;
+}
+
+// Weights that one token needs: all but tables of which it reads a row. The token table is the output head as well
+// where there is no other head.
+uint64_t bytes_per_token(const bnb_model *model) {
+    uint64_t all = 0, tables = 0, token_table = 0;
+    bool own_head = false;
+    for (int32_t i = 0; i < bnb_model_tensor_count(model); i++) {
+        const bnb_tensor *t = bnb_model_tensor(model, i);
+        const std::string name = bnb_tensor_name(t);
+        const auto has = [&](const char *part) { return name.find(part) != std::string::npos; };
+        all += bnb_tensor_bytes(t);
+        if (has("wpe.") || has("embed_positions.")) tables += bnb_tensor_bytes(t);
+        if (has("wte.") || has("embed_tokens.")) token_table += bnb_tensor_bytes(t);
+        own_head = own_head || has("lm_head.");
+    }
+    return all - tables - (own_head ? token_table : 0);
+}
+
+struct Result {
+    bnb_model_info info;
+    std::string compute;
+    int32_t threads;
+    double load_s;
+    Speed prefill, decode;
+    uint64_t bytes_token, peak;
+    double bandwidth; // bytes per second
+
+    double used() const { return double(bytes_token) * decode.median; }
+    double percent() const { return 100 * used() / bandwidth; }
+};
+
+Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s) {
+    const bnb_model_info info = cli::model_info(model);
+    bnb_error err;
+    const int64_t n_ctx = std::max(o.n_prompt, o.n_gen + 1);
+    if (n_ctx > info.n_ctx)
+        cli::fail(cli::format("%lld tokens are more than this model's context of %lld: lower -p or -n",
+                              static_cast<long long>(n_ctx), static_cast<long long>(info.n_ctx)));
+    const cli::Session session(cli::need(bnb_session_create(model, n_ctx, &err), err));
+    std::vector<double> prefill, decode;
+    for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
+        const double p = o.n_prompt ? double(o.n_prompt) / prefill_seconds(session.get(), random_tokens(o.n_prompt, info.n_vocab, 2 * rep)) : 0;
+        const double d = o.n_gen ? double(o.n_gen) / decode_seconds(session.get(), random_tokens(o.n_gen + 1, info.n_vocab, 2 * rep + 1)) : 0;
+        if (rep && o.n_prompt) prefill.push_back(p);
+        if (rep && o.n_gen) decode.push_back(d);
+        bnb_progress(env, "bench", double(rep + 1) / double(o.reps + 1));
+    }
+    const uint64_t peak = cli::peak_bytes(); // before the bandwidth buffer
+    return {info, bnb_model_compute(model), bnb_env_threads(env), load_s, Speed(prefill), Speed(decode),
+            bytes_per_token(model), peak, read_bandwidth(env)};
+}
+
+void print_model(const Options &o, const std::string &name, const Result &r) {
+    std::string out;
+    const auto row = [&](const std::string &what, const std::string &value) { out += cli::format("%-18s %s\n", what.c_str(), value.c_str()); };
+    row("model", cli::format("%s, %.3f billion parameters, linear weights %s", name.c_str(), double(r.info.n_params) / 1e9,
+                             bnb_type_name(r.info.linear_type)));
+    row("compute", cli::format("%s, %d threads", r.compute.c_str(), r.threads));
+    row("load", cli::format("%.3f s", r.load_s));
+    row("footprint", cli::gib_text(r.info.footprint));
+    row("peak memory", cli::gib_text(r.peak));
+    if (o.n_prompt) row(cli::format("prefill (pp%lld)", static_cast<long long>(o.n_prompt)), r.prefill.text());
+    if (o.n_gen) row(cli::format("decode (tg%lld)", static_cast<long long>(o.n_gen)), r.decode.text());
+    row("bandwidth", cli::format("%.2f GB/s measured by reading memory", r.bandwidth / 1e9));
+    if (o.n_gen)
+        row("decode reads", cli::format("%.3f GB of weights per token, %.2f GB/s, %.1f %% of that", double(r.bytes_token) / 1e9,
+                                        r.used() / 1e9, r.percent()));
+    cli::print(out);
+}
+
+void print_model_json(const Options &o, const std::string &name, const Result &r) {
+    cli::Json json;
+    json.add("model", name).add("arch", r.info.arch).add("type", bnb_type_name(r.info.linear_type));
+    json.add("n_params", r.info.n_params).add("compute", r.compute).add("threads", r.threads);
+    json.add("n_prompt", o.n_prompt).add("n_gen", o.n_gen).add("batch", 1).add("reps", o.reps);
+    json.add("prefill_tok_s", r.prefill.median).add("prefill_tok_s_min", r.prefill.low).add("prefill_tok_s_max", r.prefill.high);
+    json.add("decode_tok_s", r.decode.median).add("decode_tok_s_min", r.decode.low).add("decode_tok_s_max", r.decode.high);
+    json.add("load_s", r.load_s).add("footprint_gib", cli::gib(r.info.footprint)).add("weight_bytes", r.info.weight_bytes);
+    json.add("peak_bytes", r.peak).add("bytes_per_token", r.bytes_token).add("read_gb_s", r.bandwidth / 1e9);
+    json.add("decode_gb_s", r.used() / 1e9).add("pct_of_bandwidth", r.percent());
+    cli::print(json.text() + "\n");
+}
+
+void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
+    if (positive_list("--batch", o.batch) != std::vector<int64_t>{1}) cli::usage("--batch: a model takes one row only in this version");
+    const bool synthetic = !o.synthetic.name.empty();
+    if (synthetic == !o.model.path.empty()) cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
+    const double start = cli::now();
+    const cli::Model model = synthetic ? o.synthetic.make(env, false, given, o.quant, o.model) : o.model.load(env, given, o.quant);
+    const Result r = measure(o, env, model.get(), cli::now() - start);
+    const std::string name = synthetic ? o.synthetic.name : o.model.path;
+    cli::hide_bar();
+    if (o.common.json) print_model_json(o, name, r);
+    else print_model(o, name, r);
+}
+
+// ---- one matrix product ------------------------------------------------------------------------------------------------
+
+struct Products { // y [M, N] = x [M, K] W [N, K]^T, several times in one plan, each with its own W
+    cli::Ctx ctx;
+    cli::Plan plan;
+};
+
+struct Bench {
+    const Options &o;
+    bnb_env *env;
+    int32_t type;
+    int64_t n, k;
+    bnb_quant quant;
+    bnb_plan_params plan_params;
+    cli::Backend backend;
+    cli::Ctx weights; // holds w, from which every product's own W is copied
+    bnb_tensor *w;
+
+    Bench(const Options &options, const cli::Given &given, bnb_env *env);
+    uint64_t bytes() const { return bnb_tensor_bytes(w); }
+    bnb_tensor *new_weight(bnb_ctx *ctx) const {
+        const int64_t shape[2] = {n, k};
+        return bnb_tensor_new(ctx, type, bnb_type_is_quantized(type) ? &quant : nullptr, 2, shape, "w");
+    }
+    void make_weights();
+    Products products(int64_t m, size_t copies) const;
+    double seconds(int64_t m, std::string *kernel) const;
+};
+
+Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e) : o(options), env(e), w(nullptr) {
+    const std::vector<int64_t> shape = positive_list("--shape", o.shape);
+    if (shape.size() != 2) cli::usage("--shape: two numbers are needed, N,K");
+    n = shape[0];
+    k = shape[1];
+    const bnb_load_params load = o.quant.params(given);
+    const bnb_model_params model = o.model.params(given, o.quant);
+    type = load.type;
+    quant = bnb_quant_default(type);
+    quant.blocksize = load.blocksize;
+    quant.double_quant = load.double_quant;
+    quant.threshold = load.threshold;
+    if (model.outlier_rule >= 0) quant.outlier_rule = model.outlier_rule;
+    bnb_plan_params_default(&plan_params, sizeof plan_params);
+    plan_params.compute_dtype = model.compute_dtype;
+    bnb_error err;
+    const std::string device = model.device;
+    backend.reset(cli::need(bnb_backend_open(env, device == "auto" ? "cpu" : device.c_str(), &err), err));
+    make_weights();
+}
+
+void Bench::make_weights() {
+    bnb_error err;
+    const int64_t shape[2] = {n, k};
+    weights.reset(cli::need(bnb_ctx_create(env, &err), err));
+    const cli::Ctx scratch(cli::need(bnb_ctx_create(env, &err), err));
+    bnb_tensor *source = bnb_tensor_new(scratch.get(), BNB_F32, nullptr, 2, shape, "source");
+    w = new_weight(weights.get());
+    cli::need(bnb_ctx_alloc(scratch.get(), backend.get(), &err), err);
+    cli::need(bnb_ctx_alloc(weights.get(), backend.get(), &err), err);
+    Random random = {1};
+    float *values = static_cast<float *>(bnb_tensor_plane(source, 0));
+    for (int64_t i = 0; i < n * k; i++) values[i] = random.normal() * 0.02f;
+    if (bnb_type_is_quantized(type)) cli::need(bnb_quantize(env, source, w, o.quant.compat_id(), &err), err);
+    else cli::need(bnb_convert(BNB_F32, values, type, bnb_tensor_plane(w, 0), n * k, &err), err);
+    quant = *bnb_tensor_quant(w); // with the offset that quantizing found
+}
+
+void copy_planes(const bnb_tensor *from, const bnb_tensor *to) {
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+        const uint64_t bytes = bnb_plane_bytes(bnb_tensor_type(from), bnb_tensor_quant(from), bnb_tensor_n_dims(from),
+                                               bnb_tensor_shape(from), p);
+        if (bytes) memcpy(bnb_tensor_plane(to, p), bnb_tensor_plane(from, p), bytes);
+    }
+}
+
+Products Bench::products(int64_t m, size_t copies) const {
+    bnb_error err;
+    const int64_t shape[2] = {m, k};
+    Products p;
+    p.ctx.reset(cli::need(bnb_ctx_create(env, &err), err));
+    bnb_tensor *x = bnb_input(p.ctx.get(), BNB_F32, 2, shape, "x");
+    std::vector<bnb_tensor *> ws, ys;
+    for (size_t i = 0; i < copies; i++) {
+        ws.push_back(new_weight(p.ctx.get()));
+        ys.push_back(bnb_linear(p.ctx.get(), x, ws.back(), nullptr));
+    }
+    bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), ys.data(), int32_t(copies), &err), err);
+    cli::need(bnb_ctx_alloc(p.ctx.get(), backend.get(), &err), err);
+    for (bnb_tensor *copy : ws) copy_planes(w, copy);
+    p.plan.reset(cli::need(bnb_plan_create(backend.get(), graph, &plan_params, &err), err));
+    cli::need(bnb_plan_alloc(p.plan.get(), &err), err);
+    Random random = {2};
+    std::vector<float> values(size_t(m * k));
+    for (float &v : values) v = random.normal();
+    cli::need(bnb_tensor_write(x, 0, values.data(), values.size() * sizeof(float), &err), err);
+    return p;
+}
+
+std::string kernel_name(const bnb_plan *plan) { // of the first node: the third word of its line
+    std::string text(bnb_plan_describe(plan, nullptr, 0) + 1, '\0');
+    bnb_plan_describe(plan, text.data(), text.size());
+    char name[128] = "";
+    sscanf(text.c_str(), "%*s %*s %127s", name);
+    return name;
+}
+
+// Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model do
+// (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would).
+double Bench::seconds(int64_t m, std::string *kernel) const {
+    const uint64_t beyond_caches = 256u << 20;
+    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(beyond_caches / bytes() + 2, 256)) : 1;
+    const Products p = products(m, copies);
+    *kernel = kernel_name(p.plan.get());
+    bnb_error err;
+    std::vector<double> times;
+    for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
+        const double start = cli::now();
+        size_t runs = 0;
+        do { // for at least 0.1 s
+            cli::need(bnb_plan_run(p.plan.get(), &err), err);
+            runs += copies;
+            cli::stop_if_interrupted();
+        } while (cli::now() - start < 0.1);
+        if (rep) times.push_back((cli::now() - start) / double(runs));
+    }
+    return cli::median(times);
+}
+
+struct OpsTable { // printed row by row, or as one JSON object at the end
+    const Bench &b;
+    double bandwidth; // bytes per second
+    bool json;
+    std::vector<cli::Json> rows;
+
+    void head() const {
+        const std::string limit = cli::format("%d threads, memory reads at %.2f GB/s", bnb_env_threads(b.env), bandwidth / 1e9);
+        if (json) return;
+        cli::print(cli::format("%s [%lld, %lld], %s\n", bnb_type_name(b.type), static_cast<long long>(b.n),
+                               static_cast<long long>(b.k), limit.c_str()));
+        cli::print(cli::format("%8s %12s %10s %10s %8s  %s\n", "rows", "us", "GB/s", "GFLOP/s", "% read", "kernel"));
+    }
+    void row(int64_t m, double s, const std::string &kernel) {
+        const double gb_s = double(b.bytes()) / s / 1e9, gflop_s = 2 * double(m) * double(b.n * b.k) / s / 1e9;
+        const double percent = 100e9 * gb_s / bandwidth;
+        rows.push_back(cli::Json().add("rows", m).add("us", s * 1e6).add("gb_s", gb_s).add("gflop_s", gflop_s)
+                           .add("pct_of_bandwidth", percent).add("kernel", kernel));
+        if (!json)
+            cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f  %s\n", static_cast<long long>(m), s * 1e6, gb_s, gflop_s,
+                                   percent, kernel.c_str()));
+    }
+    void end() const {
+        cli::Json object;
+        object.add("type", bnb_type_name(b.type)).add("n", b.n).add("k", b.k).add("threads", bnb_env_threads(b.env));
+        object.add("weight_bytes", b.bytes()).add("read_gb_s", bandwidth / 1e9).add("ops", rows);
+        if (json) cli::print(object.text() + "\n");
+    }
+};
+
+void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
+    if (!o.model.path.empty() || !o.synthetic.name.empty()) cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
+    const std::vector<int64_t> batches = positive_list("--batch", o.batch);
+    if (o.quant.type.empty()) o.quant.type = "nf4";
+    const Bench bench(o, given, env);
+    OpsTable table = {bench, read_bandwidth(env), o.common.json, {}};
+    table.head();
+    for (int64_t m : batches) {
+        std::string kernel;
+        const double s = bench.seconds(m, &kernel);
+        table.row(m, s, kernel);
+    }
+    table.end();
+}
+
+int body(int argc, char **argv) {
+    Options o;
+    const cli::Given given = cli::parse(program(o), argc, argv);
+    const cli::Env env = o.common.open_env();
+    if (o.ops) bench_ops(o, given, env.get());
+    else bench_model(o, given, env.get());
+    return cli::DONE;
+}
+
+} // namespace
+
+int main(int argc, char **argv) {
+    return cli::run(argc, argv, [&] { return body(argc, argv); });
+}
