@@ -35,20 +35,20 @@ COMPILE_CXX = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(C
 LINK = $(CXX) $(EXTRA) $(LDFLAGS) -Wl,--gc-sections
 
 LIBRARY_OBJECTS = $(BUILD)/bnb.o $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard models/*.cpp))
-TEST_OBJECTS = $(patsubst %.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp))
+TEST_OBJECTS = $(patsubst %.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)) $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 TEST = $(BUILD)/test/bnb-test
 FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
 FUZZ_SECONDS = 60
 CLANG = clang
 
-# Use all cores unless told otherwise.
-ifeq ($(filter -j%,$(MAKEFLAGS)),)
+# Use all cores; a -j on the command line wins, and a variant's make shares with the make that called it.
+ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
 endif
 
 all: $(PROGRAMS:%=$(BIN)/%)
 
-# ---- compile: objects and their dependency lists (.d) go to $(BUILD) -------------------------------------------------
+# ---- compile: objects and their dependency lists (.d) go to $(BUILD) -----------------------------------------------
 
 $(BUILD)/%.o: %.c
 	@mkdir -p $(@D)
@@ -76,7 +76,7 @@ $(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libbnb.a
 
 -include $(LIBRARY_OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(PROGRAMS:%=$(BUILD)/examples/%.d)
 
-# ---- headers from packages -------------------------------------------------------------------------------------------
+# ---- headers from packages -----------------------------------------------------------------------------------------
 
 $(filter $(BUILD)/models/%,$(LIBRARY_OBJECTS)): | $(BUILD)/have/nlohmann-json3-dev
 $(TEST_OBJECTS): | $(BUILD)/have/doctest-dev $(BUILD)/have/nlohmann-json3-dev
@@ -93,7 +93,7 @@ $(BUILD)/have/%:
 	    $(SUDO) apt-get update -qq && $(SUDO) apt-get install -y -qq --no-install-recommends $*; }
 	@mkdir -p $(@D) && touch $@
 
-# ---- use -------------------------------------------------------------------------------------------------------------
+# ---- use -----------------------------------------------------------------------------------------------------------
 
 demo: $(BIN)/main
 	$(BIN)/main -m models/demo/demo-nf4.bnb -p "And God said" -n 100 --seed 1
@@ -106,11 +106,12 @@ test-library: $(TEST)
 
 asan:
 	+$(MAKE) test BUILD=build/asan BIN=build/asan CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" \
-	    EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer"
+	    EXTRA="-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer" \
+	    TESTARGS="--test-suite-exclude=embed $(TESTARGS)"
 
 tsan:
 	+$(MAKE) test-library BUILD=build/tsan CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" EXTRA="-fsanitize=thread" \
-	    TESTARGS="--test-case=*thread*"
+	    TESTARGS="--test-case=*thread* $(TESTARGS)"
 
 fuzz:
 	+$(MAKE) fuzz-run BUILD=build/fuzz CC=$(CLANG) CXX=$(CLANG)++ CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" \
@@ -125,7 +126,7 @@ aarch64:
 	+$(MAKE) test-library BUILD=build/aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
 	    AR=aarch64-linux-gnu-ar LDFLAGS=-static RUN=qemu-aarch64
 
-# ---- install ---------------------------------------------------------------------------------------------------------
+# ---- install -------------------------------------------------------------------------------------------------------
 # Installed or copied, sources include the same: "bnb.h", "models/model.h".
 
 HEADERS = $(DESTDIR)$(PREFIX)/include/bnb

@@ -105,6 +105,8 @@ bnb_status bnb_fail(bnb_error *err, bnb_status code, const char *format, ...) {
         err->code = code;
         vsnprintf(err->msg, sizeof err->msg, format, args);
         va_end(args);
+        for (char *c = err->msg; *c; c++) /* names come from files: nothing that a terminal would obey */
+            if ((unsigned char)*c < 0x20 || *c == 0x7f) *c = '?';
     }
     return code;
 }
@@ -453,6 +455,7 @@ static int bnb__on_host(const bnb_tensor *t) { return !t->backend || !strcmp(t->
 #error "bnb.c promises bitsandbytes' bits: no -ffast-math, and no x87 arithmetic (use -msse2 -mfpmath=sse)"
 #endif
 
+/* The pattern of a number and back. Comparing and masking patterns is exact where the FPU may flush or trap. */
 static uint32_t bnb__bits(float x) {
     uint32_t u;
     memcpy(&u, &x, 4);
@@ -500,6 +503,8 @@ static uint16_t bnb__f32_to_f16(float x) {
     return (uint16_t)(sign | a);
 }
 
+/* bf16 is the upper half of an f32, so that rounding is an addition which carries. There is one NaN, as in PyTorch:
+ * cutting the payload off could leave an infinity. */
 static float bnb__bf16_to_f32(uint16_t h) { return bnb__float((uint32_t)h << 16); }
 
 static uint16_t bnb__f32_to_bf16(float x) {
@@ -539,14 +544,16 @@ static float bnb__rcp_cuda(float x) {
     return bnb__ftz(bnb__float(r));
 }
 
-/* How many of the ascending t [n] are below x, by halving; n + 1 is a power of two. 0 for NaN. */
+/* How many of the ascending t [n] are below x, by halving; n + 1 is a power of two. 0 for NaN. Without a branch: which
+ * way x goes cannot be predicted. */
 static int32_t bnb__count_below(const float *t, int32_t n, float x) {
     int32_t r = 0;
     for (int32_t s = (n + 1) / 2; s; s /= 2) r += s & -(int32_t)(x > t[r + s - 1]);
     return r;
 }
 
-/* Reads elements [first, first + n) of base, an f32, f16 or bf16 array at any address, as f32. */
+/* Reads elements [first, first + n) of base, an f32, f16 or bf16 array, as f32: dst [n]. base may be at any address,
+ * because the tensors of a mapped safetensors file are. */
 static void bnb__load_f32(int32_t type, const void *base, int64_t first, int64_t n, float *dst) {
     const uint8_t *p = (const uint8_t *)base + first * (type == BNB_F32 ? 4 : 2);
     if (type == BNB_F32) {
@@ -560,7 +567,7 @@ static void bnb__load_f32(int32_t type, const void *base, int64_t first, int64_t
     }
 }
 
-/* The reverse: one rounding. */
+/* The reverse, with one rounding: src [n] -> elements [first, first + n) of base. */
 static void bnb__store_f32(int32_t type, const float *src, int64_t n, void *base, int64_t first) {
     uint8_t *p = (uint8_t *)base + first * (type == BNB_F32 ? 4 : 2);
     if (type == BNB_F32) {
@@ -575,6 +582,7 @@ static void bnb__store_f32(int32_t type, const float *src, int64_t n, void *base
 
 /* ==== [TYPE] ================================================================================================== */
 
+/* By id; unused ids have no name. */
 static const struct {
     const char *name;
     int32_t bits;
@@ -609,7 +617,8 @@ bnb_quant bnb_quant_default(int32_t type) {
     return q;
 }
 
-/* Whether q describes tensors of this type. Plain types need no description. */
+/* Whether q describes tensors of this type. Plain types need no description. bitsandbytes itself can only make nested
+ * statistics in blocks of 256, and its fused kernels refuse any other. */
 static int bnb__quant_valid(int32_t type, const bnb_quant *q) {
     if (!bnb_type_is_quantized(type)) return bnb_type_name(type) != NULL;
     if (!q || !bnb__type_is_float(q->dtype)) return 0;
@@ -618,7 +627,8 @@ static int bnb__quant_valid(int32_t type, const bnb_quant *q) {
     return (q->double_quant | 1) == 1 && (!q->double_quant || q->nested_blocksize == 256);
 }
 
-/* UINT64_MAX: no such tensor can exist (overflow, a negative dimension, an invalid quant). */
+/* UINT64_MAX: no such tensor can exist (overflow, a negative dimension, an invalid quant). A file's shape comes here
+ * before anything is allocated or read, so nothing may wrap around on the way. */
 uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, const int64_t *shape, int32_t plane) {
     uint64_t n = 1, nb, bytes;
     int32_t empty = 0;
@@ -628,9 +638,9 @@ uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, c
         if (shape[i] < 0) return UINT64_MAX;
         empty |= shape[i] == 0;
     }
-    for (int32_t i = 0; i < n_dims && !empty; i++) { /* n * 4 must fit into int64_t: offsets are signed */
+    for (int32_t i = 0; i < n_dims; i++) { /* n * 4 must fit into int64_t, also without the dimensions that are 0 */
         if ((uint64_t)shape[i] > (uint64_t)INT64_MAX / 4 / n) return UINT64_MAX;
-        n *= (uint64_t)shape[i];
+        if (shape[i]) n *= (uint64_t)shape[i];
     }
     if (empty) n = 0;
     switch (type) {
@@ -735,6 +745,7 @@ typedef struct bnb__vec {
     void (*value8)(const int8_t *q, int64_t n, float scb, float *dst);
 } bnb__vec;
 
+/* Patterns of positive numbers are ordered like the numbers, and those of NaN stand above infinity. */
 static uint32_t bnb__absmax_plain(const float *a, int64_t n) {
     uint32_t m = 0;
     for (int64_t i = 0; i < n; i++) {
@@ -744,6 +755,7 @@ static uint32_t bnb__absmax_plain(const float *a, int64_t n) {
     return m;
 }
 
+/* The two elements of a byte side by side, so that one's comparisons fill the other's waiting time. */
 static void bnb__code4_plain(const bnb__search4 *s, const float *a, int64_t n, float scale, uint8_t *out) {
     for (int64_t i = 0; i < n; i += 2) {
         uint32_t c[2];
@@ -776,6 +788,8 @@ static void bnb__value8_plain(const int8_t *q, int64_t n, float scb, float *dst)
     for (int64_t i = 0; i < n; i++) dst[i] = (float)q[i] * scb * 0x1.020408p-7f; /* the f32 nearest to 1/127 */
 }
 
+/* AVX2. What is left of n after whole vectors goes to the plain code. Nothing here adds to a product, so nothing can be
+ * fused. AVX-512 was tried and left out: 10 to 15 % faster on a Zen 5 core, for another set of functions. */
 #if defined(__x86_64__) && defined(__GNUC__)
 #define BNB__VEC_AVX2 __attribute__((target("avx2,f16c")))
 
@@ -842,10 +856,10 @@ BNB__VEC_AVX2 static void bnb__code4_avx2(const bnb__search4 *s, const float *a,
         for (int32_t j = 0; j < 4; j++) {
             __m256 x = _mm256_loadu_ps(a + i + 8 * j), m;
             __m256i r;
-            x = _mm256_and_ps(x, _mm256_cmp_ps(_mm256_and_ps(x, abs), small, _CMP_NLT_UQ));
+            x = _mm256_and_ps(x, _mm256_cmp_ps(_mm256_and_ps(x, abs), small, _CMP_NLT_UQ)); /* flush; a NaN stays */
             x = _mm256_mul_ps(x, mul);
             x = _mm256_blendv_ps(x, nan, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
-            m = _mm256_cmp_ps(x, t0, _CMP_GT_OQ);
+            m = _mm256_cmp_ps(x, t0, _CMP_GT_OQ); /* all ones, which is -1, where x is above */
             r = _mm256_srli_epi32(_mm256_castps_si256(m), 31);
             m = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t1, r), _CMP_GT_OQ);
             r = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(m));
@@ -854,6 +868,7 @@ BNB__VEC_AVX2 static void bnb__code4_avx2(const bnb__search4 *s, const float *a,
             m = _mm256_cmp_ps(x, _mm256_permutevar8x32_ps(t3, r), _CMP_GT_OQ);
             c[j] = _mm256_sub_epi32(_mm256_add_epi32(r, r), _mm256_castps_si256(m));
         }
+        /* packing works within halves of a register: 4 elements of each set in turn, put right by `order` */
         p = _mm256_packus_epi16(_mm256_packs_epi32(c[0], c[1]), _mm256_packs_epi32(c[2], c[3]));
         p = _mm256_shuffle_epi8(code, _mm256_permutevar8x32_epi32(p, order)); /* 32 codes, a byte each */
         p = _mm256_maddubs_epi16(p, pair);                                    /* 16 * even + odd       */
@@ -870,7 +885,7 @@ BNB__VEC_AVX2 static void bnb__code8_avx2(const float *a, int64_t n, float scale
         __m256i c[2], p;
         for (int32_t j = 0; j < 2; j++) {
             __m256 x = _mm256_mul_ps(_mm256_loadu_ps(a + i + 8 * j), mul);
-            c[j] = _mm256_cvtps_epi32(_mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q)));
+            c[j] = _mm256_cvtps_epi32(_mm256_and_ps(x, _mm256_cmp_ps(x, x, _CMP_ORD_Q))); /* nearest even; NaN is 0 */
         }
         p = _mm256_permute4x64_epi64(_mm256_packs_epi32(c[0], c[1]), 0xd8);
         p = _mm256_permute4x64_epi64(_mm256_packs_epi16(p, p), 0x08);
@@ -885,9 +900,10 @@ BNB__VEC_AVX2 static void bnb__value4_avx2(const float *v, const uint8_t *q, int
     int64_t i = 0;
     for (; i + 16 <= n; i += 16) {
         __m128i b = _mm_loadl_epi64((const __m128i *)(q + i / 2));
-        b = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(b, 4), mask), _mm_and_si128(b, mask));
+        b = _mm_unpacklo_epi8(_mm_and_si128(_mm_srli_epi16(b, 4), mask), _mm_and_si128(b, mask)); /* high first */
         for (int32_t j = 0; j < 2; j++, b = _mm_srli_si128(b, 8)) {
             __m256i c = _mm256_cvtepu8_epi32(b);
+            /* a lookup takes the lower 3 bits; the fourth, moved into the sign, chooses between two lookups */
             __m256 x = _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, c), _mm256_permutevar8x32_ps(high, c),
                                         _mm256_castsi256_ps(_mm256_slli_epi32(c, 28)));
             _mm256_storeu_ps(dst + i + 8 * j, x);
@@ -916,12 +932,14 @@ static const bnb__vec bnb__vecs[] = { /* the best first */
      bnb__value8_plain},
 };
 
+/* cpu: BNB_CPU_* bits; 0 gives the plain code. */
 static const bnb__vec *bnb__vec_for(uint32_t cpu) {
     const bnb__vec *v = bnb__vecs;
     while (v->cpu & ~cpu) v++;
     return v;
 }
 
+/* nb */
 static int64_t bnb__blocks(const bnb_tensor *t) {
     int64_t n = bnb_tensor_elements(t);
     return n / t->quant.blocksize + (n % t->quant.blocksize != 0);
@@ -939,7 +957,8 @@ static float bnb__scale_of(const bnb_tensor *t, int64_t block) {
     return bnb__rounded(v * a) + t->quant.nested_offset;
 }
 
-/* Values of elements [first, first + n) of an int8, nf4 or fp4 tensor: dst [n]. first may be odd. */
+/* Values of elements [first, first + n) of an int8, nf4 or fp4 tensor: dst [n]. Rows of a 4-bit tensor may start within
+ * a block and, with odd rows, within a byte. Scaling the 16 values of a block first gives the same products. */
 static void bnb__dequant_span(const bnb__vec *vec, const bnb_tensor *t, int64_t first, int64_t n, float *dst) {
     const uint8_t *q = (const uint8_t *)t->plane[0];
     const float *map = t->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map;
@@ -959,6 +978,7 @@ static void bnb__dequant_span(const bnb__vec *vec, const bnb_tensor *t, int64_t 
     }
 }
 
+/* The same for reference kernels. */
 static void bnb__dequant_row(const bnb_tensor *t, int64_t first, int64_t n, float *dst) {
     bnb__dequant_span(bnb__vec_for(0), t, first, n, dst);
 }
@@ -984,8 +1004,8 @@ static const uint32_t bnb__dynamic_bits[128] = {
 };
 
 enum {
-    BNB__SPAN = 4096,  /* elements that a thread holds as f32: the largest blocksize, and half of a 32 KiB L1 */
-    BNB__CHUNK = 32768 /* elements of one bnb_parallel item, a multiple of every span: about 10 microseconds  */
+    BNB__QUANT_SPAN = 4096,  /* elements a thread holds as f32: the largest blocksize, and half of a 32 KiB L1 */
+    BNB__QUANT_CHUNK = 32768 /* elements of one bnb_parallel item: whole spans, about 10 microseconds           */
 };
 
 /* One call of the functions below, as its threads see it. */
@@ -1012,6 +1032,7 @@ static void bnb__qjob_item(void *arg, int64_t i) {
     if (restore) fesetenv(&saved);
 }
 
+/* Chunk i is [i * step, this). */
 static int64_t bnb__qjob_end(const bnb__qjob *job, int64_t i) {
     return i * job->step + BNB__MIN(job->n - i * job->step, job->step);
 }
@@ -1034,9 +1055,9 @@ static uint32_t bnb__qjob_absmax(const bnb__qjob *job, const float *a, int64_t n
 static void bnb__quantize4_chunk(bnb__qjob *job, int64_t i) {
     const int64_t end = bnb__qjob_end(job, i), B = job->dst->quant.blocksize;
     for (int64_t e = i * job->step, span; e < end; e += span) {
-        _Alignas(64) float a[BNB__SPAN];
-        float scale[BNB__SPAN / 32];
-        span = BNB__MIN(end - e, BNB__SPAN);
+        _Alignas(64) float a[BNB__QUANT_SPAN];
+        float scale[BNB__QUANT_SPAN / 32];
+        span = BNB__MIN(end - e, BNB__QUANT_SPAN);
         job->vec->load(job->src->type, job->src->plane[0], e, span, a);
         for (int64_t b = 0; b * B < span; b++) {
             int64_t n = BNB__MIN(span - b * B, B);
@@ -1111,19 +1132,20 @@ static void bnb__nested_chunk(bnb__qjob *job, int64_t i) {
     }
 }
 
-/* Rows of an int8 tensor. Weights go through f16 first, as bitsandbytes casts them. */
+/* Rows of an int8 tensor. Weights go through f16 first, as bitsandbytes casts them; above 65504 they become infinite,
+ * and their row's codes 0. Rows longer than a span are read twice rather than kept. */
 static void bnb__quantize8_chunk(bnb__qjob *job, int64_t i) {
     const int64_t end = bnb__qjob_end(job, i), cols = job->dst->shape[1];
     const bnb_tensor *src = job->src;
     for (int64_t row = i * job->step; row < end; row++) {
-        _Alignas(64) float a[BNB__SPAN];
-        uint16_t h[BNB__SPAN];
+        _Alignas(64) float a[BNB__QUANT_SPAN];
+        uint16_t h[BNB__QUANT_SPAN];
         uint32_t top = 0, u;
         float scb = 0, scale = 0;
         for (int32_t pass = 0; pass < 2; pass++) { /* the maximum, then the codes */
             for (int64_t k = 0, m; k < cols; k += m) {
-                m = BNB__MIN(cols - k, BNB__SPAN);
-                if (pass == 0 || cols > BNB__SPAN) {
+                m = BNB__MIN(cols - k, BNB__QUANT_SPAN);
+                if (pass == 0 || cols > BNB__QUANT_SPAN) {
                     job->vec->load(src->type, src->plane[0], row * cols + k, m, a);
                     if (src->type != BNB_F16) {
                         job->vec->store(BNB_F16, a, m, h, 0);
@@ -1145,11 +1167,12 @@ static void bnb__quantize8_chunk(bnb__qjob *job, int64_t i) {
     }
 }
 
+/* Through a span of f32 that stays in L1, whatever the two types are. */
 static void bnb__dequantize_chunk(bnb__qjob *job, int64_t i) {
     const int64_t end = bnb__qjob_end(job, i);
     for (int64_t e = i * job->step, m; e < end; e += m) {
-        _Alignas(64) float a[BNB__SPAN];
-        m = BNB__MIN(end - e, BNB__SPAN);
+        _Alignas(64) float a[BNB__QUANT_SPAN];
+        m = BNB__MIN(end - e, BNB__QUANT_SPAN);
         if (bnb_type_is_quantized(job->src->type)) bnb__dequant_span(job->vec, job->src, e, m, a);
         else job->vec->load(job->src->type, job->src->plane[0], e, m, a);
         job->vec->store(job->dst->type, a, m, job->dst->plane[0], e);
@@ -1161,8 +1184,8 @@ static void bnb__finite_chunk(bnb__qjob *job, int64_t i) {
     const int64_t end = bnb__qjob_end(job, i);
     const bnb_tensor *t = job->src;
     for (int64_t e = i * job->step, m; e < end; e += m) {
-        _Alignas(64) float a[BNB__SPAN];
-        m = BNB__MIN(end - e, BNB__SPAN);
+        _Alignas(64) float a[BNB__QUANT_SPAN];
+        m = BNB__MIN(end - e, BNB__QUANT_SPAN);
         if (t->type == BNB_INT8) job->vec->load(BNB_F32, t->plane[1], e, m, a);
         else if (!bnb_type_is_quantized(t->type)) job->vec->load(t->type, t->plane[0], e, m, a);
         else for (int64_t k = 0; k < m; k++) a[k] = bnb__scale_of(t, e + k);
@@ -1175,6 +1198,7 @@ static void bnb__finite_chunk(bnb__qjob *job, int64_t i) {
     }
 }
 
+/* Runs chunk for every step of n things. What a chunk does depends on n alone, never on the number of threads. */
 static void bnb__qjob_run(bnb_env *env, bnb__qjob *job, void (*chunk)(bnb__qjob *, int64_t), int64_t n, int64_t step) {
     job->chunk = chunk;
     job->n = n;
@@ -1263,19 +1287,19 @@ bnb_status bnb_quantize(bnb_env *env, const bnb_tensor *src, bnb_tensor *dst, in
     dst->quant.nested_offset = 0;
     if (dst->type == BNB_INT8) {
         int64_t cols = BNB__MAX(dst->shape[1], 1);
-        bnb__qjob_run(env, &job, bnb__quantize8_chunk, dst->shape[0], BNB__MAX(BNB__CHUNK / cols, 1));
+        bnb__qjob_run(env, &job, bnb__quantize8_chunk, dst->shape[0], BNB__MAX(BNB__QUANT_CHUNK / cols, 1));
         return BNB_OK;
     }
     nb = bnb__blocks(dst);
     job.absmax = (float *)dst->plane[1];
-    if (dst->quant.double_quant && nb > 0) {
+    if (dst->quant.double_quant && nb > 0) { /* the f32 statistics are only needed until they have codes */
         job.absmax = (float *)bnb_alloc(env, (size_t)nb * 4, err);
         if (!job.absmax) return BNB_E_NOMEM;
     } else if ((uintptr_t)job.absmax % 4) {
         return bnb_fail(err, BNB_E_ARG, "quantize: the absmax of tensor '%s' is not at a multiple of 4", dst->name);
     }
     bnb__search4_init(&job.search, &bnb__rules4[compat][dst->type == BNB_FP4]);
-    bnb__qjob_run(env, &job, bnb__quantize4_chunk, bnb_tensor_elements(src), BNB__CHUNK);
+    bnb__qjob_run(env, &job, bnb__quantize4_chunk, bnb_tensor_elements(src), BNB__QUANT_CHUNK);
     if (!dst->quant.double_quant) return BNB_OK;
     bnb__qjob_run(env, &job, bnb__nested_start, 1, 1);
     bnb__qjob_run(env, &job, bnb__nested_chunk, nb, 256);
@@ -1289,7 +1313,7 @@ bnb_status bnb_dequantize(bnb_env *env, const bnb_tensor *src, bnb_tensor *dst, 
     if (status != BNB_OK) return status;
     job.src = src;
     job.dst = dst;
-    bnb__qjob_run(env, &job, bnb__dequantize_chunk, bnb_tensor_elements(src), BNB__CHUNK);
+    bnb__qjob_run(env, &job, bnb__dequantize_chunk, bnb_tensor_elements(src), BNB__QUANT_CHUNK);
     return BNB_OK;
 }
 
@@ -1314,7 +1338,7 @@ bnb_status bnb_tensor_check_finite(bnb_env *env, const bnb_tensor *t, bnb_error 
         n = bnb__blocks(t);
     }
     for (int32_t i = 0; i < CHUNKS; i++) bad[i] = -1;
-    bnb__qjob_run(env, &job, bnb__finite_chunk, n, BNB__MAX(n / CHUNKS + 1, BNB__CHUNK));
+    bnb__qjob_run(env, &job, bnb__finite_chunk, n, BNB__MAX(n / CHUNKS + 1, BNB__QUANT_CHUNK));
     for (int32_t i = 0; i < CHUNKS; i++) {
         float x;
         if (bad[i] < 0) continue;
@@ -1472,9 +1496,11 @@ bnb_status bnb_ctx_alloc(bnb_ctx *c, bnb_backend *backend, bnb_error *err) {
     enum { PLANE_ALIGN = 256 };
     if (bnb_ctx_status(c, err)) return c->error.code;
     uint64_t total = 0;
+    int32_t n = 0; /* tensors that have no memory */
     for (int pass = 0; pass < 2; pass++) { /* measure, then place */
         char *base = NULL;
         if (pass) {
+            if (!n) return BNB_OK;
             bnb__buffer *b = bnb__ctx_take(c, sizeof *b);
             if (!b) return bnb_fail(err, BNB_E_NOMEM, "%s", c->error.msg);
             base = backend->api->alloc(backend->dev, total, err);
@@ -1486,6 +1512,7 @@ bnb_status bnb_ctx_alloc(bnb_ctx *c, bnb_backend *backend, bnb_error *err) {
         for (int32_t i = 0; i < c->n_tensors; i++) {
             bnb_tensor *t = c->tensors[i];
             if (t->state != BNB_META || t->op != BNB_OP_NONE || (t->flags & BNB_FLAG_INPUT)) continue;
+            n++;
             for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
                 uint64_t bytes = bnb__plane_size(t, p);
                 if (bytes > (uint64_t)INT64_MAX - at - PLANE_ALIGN)
@@ -1895,7 +1922,7 @@ static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)(
  *
  * Each element of y is summed over k in one fixed order that depends on the kernel only, never on threads or tiles.
  * Code for an instruction set sits in functions with a target attribute: this file needs no compiler flags. */
-#if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
 #include <immintrin.h> /* defines: __m512 and friends */
 #include <string.h>    /* defines: memcpy, memset */
 
@@ -1904,6 +1931,7 @@ static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)(
 #define BNB__AVX512 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")))
 #define BNB__VNNI __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")))
 #define BNB__BF16 __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#define BNB__AMX __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,amx-tile,amx-bf16,amx-int8")))
 #if defined(__clang__) /* arrays of vectors live in registers only if the loops over them are unrolled */
 #define BNB__UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -1912,8 +1940,9 @@ static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)(
 
 /* The numbers of a linear: y [M, N] = x [M, K] w [N, K]^T + bias [N]. */
 typedef struct bnb__linear {
-    const char *x;     /* f32 [M, K], rows x_stride bytes apart */
+    const char *x;     /* f32 [M, K] (attention: also f16), rows x_stride bytes apart */
     int64_t x_stride;
+    int32_t x_type;
     const bnb_tensor *w, *bias;
     const uint8_t *codes; /* plane 0 of w */
     float *y;          /* [M, N] */
@@ -1923,7 +1952,7 @@ typedef struct bnb__linear {
 static bnb__linear bnb__linear_of(const bnb_tensor *y)
 {
     const bnb_tensor *x = y->src[0], *w = y->src[1];
-    return (bnb__linear){(const char *)x->plane[0], x->stride[0], w, y->src[2], (const uint8_t *)w->plane[0],
+    return (bnb__linear){(const char *)x->plane[0], x->stride[0], BNB_F32, w, y->src[2], (const uint8_t *)w->plane[0],
                          (float *)y->plane[0], x->shape[0], w->shape[0], w->shape[1]};
 }
 
@@ -2002,10 +2031,10 @@ static int64_t bnb__dot_m(int64_t M) { return M <= 4 ? M : M <= 6 ? 6 : 8; } /* 
     default: CALL(8, 1); break;                                                                                        \
     }
 #ifndef BNB__R1
-#define BNB__R1 2
+#define BNB__R1 1
 #endif
 #ifndef BNB__PF
-#define BNB__PF 2048
+#define BNB__PF 4096
 #endif
 
 /* Writes y[m, n + r] = sum[r * M + m] + bias[n + r] for the l->M rows that exist. */
@@ -2131,6 +2160,8 @@ BNB__INLINE __mmask16 bnb__mask16(int64_t n) /* the first n of 16 lanes */
     return n >= 16 ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
 }
 
+BNB__INLINE __mmask64 bnb__mask64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }
+
 BNB__INLINE BNB__AVX512 void bnb__dot_rows_512(const bnb__linear *l, int64_t n, const int type, const int M, const int R)
 {
     const float *x[8]; /* rows that do not exist repeat the last one */
@@ -2197,6 +2228,7 @@ typedef struct bnb__gemm {
     void (*micro)(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c);
     /* y[m0 + i, n0 + j] = c[j][i] + bias for the rows and columns that exist */
     void (*store)(const bnb__linear *l, int64_t m0, int64_t n0, int64_t nt, const float *c);
+    void (*begin)(void), (*end)(void); /* around the calls of micro() in a tile; NULL: nothing to do */
 } bnb__gemm;
 
 typedef struct bnb__gemm_shape { int64_t groups, chunk, chunks, panels; } bnb__gemm_shape;
@@ -2260,6 +2292,7 @@ static float *bnb__gemm_tile(const bnb__gemm *g, const bnb__linear *l, const voi
     uint32_t *w = (uint32_t *)local;
     float *c = (float *)local + g->nt * BNB__GEMM_LD;
     if (nt < g->nt) memset(w, 0, (size_t)(g->nt * BNB__GEMM_LD) * 4);
+    if (g->begin) g->begin();
     for (int64_t g0 = 0; g0 < s.groups; g0 += s.chunk) {
         int64_t ng = s.groups - g0 < s.chunk ? s.groups - g0 : s.chunk;
         for (int64_t n = 0; n < nt; n++) {
@@ -2271,6 +2304,7 @@ static float *bnb__gemm_tile(const bnb__gemm *g, const bnb__linear *l, const voi
         for (int64_t m = m0; m < m1; m += g->mr)
             g->micro(g0 == 0, l->M - m, ng, (const uint32_t *)packed + m * s.groups + g0 * g->mr, w, c + (m - m0) * g->nt);
     }
+    if (g->end) g->end();
     return c;
 }
 
@@ -2379,9 +2413,13 @@ static BNB__AVX512 void bnb__pack_f32_512(const bnb__linear *l, int64_t m0, int6
     for (int64_t i = 0; i < 32 && m0 + i < l->M; i += 16)
         for (int64_t k = g; k < g + ng; k += 16) {
             __m512i r[16];
-            BNB__UNROLL for (int q = 0; q < 16; q++)
-                r[q] = m0 + i + q < l->M ? _mm512_castps_si512(bnb__load_512(BNB_F32, l->x + (m0 + i + q) * l->x_stride, k, bnb__mask16(l->K - k)))
-                                         : _mm512_setzero_si512();
+            __mmask16 mask = bnb__mask16(l->K - k);
+            BNB__UNROLL for (int q = 0; q < 16; q++) {
+                const char *x = l->x + (m0 + i + q) * l->x_stride;
+                r[q] = _mm512_setzero_si512();
+                if (m0 + i + q < l->M)
+                    r[q] = _mm512_castps_si512(l->x_type == BNB_F32 ? bnb__load_512(BNB_F32, x, k, mask) : bnb__load_512(BNB_F16, x, k, mask));
+            }
             bnb__transpose_512(r);
             BNB__UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(out + (k - g + q) * 32 + i, r[q]);
         }
@@ -2422,7 +2460,7 @@ BNB__FILL_512(bnb__fill_f32_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F32))
 BNB__FILL_512(bnb__fill_f16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F16))
 BNB__FILL_512(bnb__fill_bf16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_BF16))
 BNB__FILL_512(bnb__fill_f16_bf16_512, BNB__BF16, 2, BNB__BF16_OF(BNB_F16))
-BNB__FILL_512(bnb__fill_bf16_bf16_512, BNB__BF16, 2, _mm512_maskz_loadu_epi16(left >= 32 ? ~0u : left <= 0 ? 0u : (1u << left) - 1, w + 2 * e))
+BNB__FILL_512(bnb__fill_bf16_bf16_512, BNB__BF16, 2, _mm512_maskz_loadu_epi16((__mmask32)bnb__mask64(left), w + 2 * e))
 
 /* 4-bit weights, 32 at a time: none of these steps meets two blocks. k, and the end, are multiples of 32. */
 static BNB__AVX512 void bnb__fill4_f32_512(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
@@ -2601,11 +2639,11 @@ BNB__INLINE BNB__VNNI void bnb__dot_int8_rows_vnni(const bnb__linear *l, const b
         BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * K + k + BNB__PF), _MM_HINT_T0);
         BNB__STEP(_mm512_loadu_si512(w + r * K + k))
     }
-    if (k < K) { BNB__STEP(_mm512_maskz_loadu_epi8((1ull << (K - k)) - 1, w + r * K + k)) }
+    if (k < K) { BNB__STEP(_mm512_maskz_loadu_epi8(bnb__mask64(K - k), w + r * K + k)) }
 #undef BNB__STEP
     BNB__UNROLL for (int r = 0; r < R; r++) {
         int32_t c[8];
-        BNB__UNROLL for (int m = 0; m < M; m++) c[m] = _mm512_reduce_add_epi32(acc[r * M + m]) - 128 * q->sum[m];
+        BNB__UNROLL for (int m = 0; m < M; m++) c[m] = m < l->M ? _mm512_reduce_add_epi32(acc[r * M + m]) - 128 * q->sum[m] : 0;
         bnb__int8_dot_store(l, q, n + r, c);
     }
 }
@@ -2651,8 +2689,7 @@ static BNB__VNNI void bnb__pack_i8_512(const bnb__linear *l, int64_t m0, int64_t
 static BNB__AVX512 void bnb__fill_i8_512(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
 {
     for (int64_t i = 0; i < ng; i += 16) {
-        int64_t k = 4 * (g + i), left = l->K - k;
-        __m512i v = _mm512_maskz_loadu_epi8(left >= 64 ? ~0ull : left <= 0 ? 0 : (1ull << left) - 1, l->codes + n * l->K + k);
+        __m512i v = _mm512_maskz_loadu_epi8(bnb__mask64(l->K - 4 * (g + i)), l->codes + n * l->K + 4 * (g + i));
         _mm512_storeu_si512(out + i, _mm512_xor_si512(v, _mm512_set1_epi8((char)0x80)));
     }
 }
@@ -2753,8 +2790,53 @@ static int64_t bnb__int8_gemm_tiles(const bnb__int8_gemm *g, const bnb_tensor *y
     static void G##_run(const bnb__job *job, int32_t phase, int64_t tile) { bnb__int8_gemm_run(&G, job, phase, tile); }
 
 static const bnb__int8_gemm bnb__gemm_i8_vnni = {
-    {32, 48, 4, bnb__pack_i8_512, bnb__fill_i8_512, bnb__micro_i8_512, bnb__gemm_store_512}, 128, bnb__micro_f32_512};
+    {32, 48, 4, bnb__pack_i8_512, bnb__fill_i8_512, bnb__micro_i8_512, bnb__gemm_store_512, NULL, NULL}, 128, bnb__micro_f32_512};
 BNB__INT8_GEMM_ROW(bnb__gemm_i8_vnni)
+
+/* ---- AMX: the same panels, as tiles of 16 rows of 64 bytes. Rows of w are the left operand, a panel the right one; the
+ * 3 x 2 results of 48 rows of w and 32 of x stay in tiles 0 to 5. ---- */
+
+typedef struct bnb__amx_config { uint8_t palette, start, zero[14]; uint16_t bytes[16]; uint8_t rows[16]; } bnb__amx_config;
+
+static BNB__AMX void bnb__amx_begin(void)
+{
+    static const bnb__amx_config config = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    _tile_loadconfig(&config);
+}
+
+static BNB__AMX void bnb__amx_end(void) { _tile_release(); }
+
+#define BNB__AMX_MOVE(what, n) what(0, c, 128); what(1, c + 512, 128); what(2, c + 1024, 128);                         \
+    if (n) { what(3, c + 16, 128); what(4, c + 528, 128); what(5, c + 1040, 128); }
+#define BNB__AMX_COLUMN(MUL, a, b, d, half) /* 16 rows of x against 48 of w */                                         \
+    _tile_loadd(6, x + g * 32 + half, 128);                                                                            \
+    _tile_loadd(7, w + g, BNB__GEMM_LD * 4); MUL(a, 7, 6);                                                             \
+    _tile_loadd(7, w + 16 * BNB__GEMM_LD + g, BNB__GEMM_LD * 4); MUL(b, 7, 6);                                         \
+    _tile_loadd(7, w + 32 * BNB__GEMM_LD + g, BNB__GEMM_LD * 4); MUL(d, 7, 6);
+#define BNB__MICRO_AMX(name, MUL)                                                                                      \
+    static BNB__AMX void name(int first, int64_t rows, int64_t ng, const uint32_t *x, const uint32_t *w, float *c)     \
+    {                                                                                                                  \
+        int both = rows > 16;                                                                                          \
+        if (first) { _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3); _tile_zero(4); _tile_zero(5); }       \
+        else { BNB__AMX_MOVE(_tile_loadd, both) }                                                                      \
+        for (int64_t g = 0; g < ng; g += 16) {                                                                         \
+            BNB__AMX_COLUMN(MUL, 0, 1, 2, 0)                                                                           \
+            if (both) { BNB__AMX_COLUMN(MUL, 3, 4, 5, 16) }                                                            \
+        }                                                                                                              \
+        BNB__AMX_MOVE(_tile_stored, both)                                                                              \
+    }
+BNB__MICRO_AMX(bnb__micro_bf16_amx, _tile_dpbf16ps)
+BNB__MICRO_AMX(bnb__micro_i8_amx, _tile_dpbssd)
+
+static BNB__AVX512 void bnb__fill_i8_amx(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
+{
+    for (int64_t i = 0; i < ng; i += 16)
+        _mm512_storeu_si512(out + i, _mm512_maskz_loadu_epi8(bnb__mask64(l->K - 4 * (g + i)), l->codes + n * l->K + 4 * (g + i)));
+}
+
+static const bnb__int8_gemm bnb__gemm_i8_amx = {
+    {32, 48, 4, bnb__pack_i8_512, bnb__fill_i8_amx, bnb__micro_i8_amx, bnb__gemm_store_512, bnb__amx_begin, bnb__amx_end}, 0, bnb__micro_f32_512};
+BNB__INT8_GEMM_ROW(bnb__gemm_i8_amx)
 
 /* ---- the same for AVX2 ---- */
 
@@ -2940,7 +3022,7 @@ BNB__MICRO_256(bnb__micro_i16_256, BNB__MUL_I16_256)
                 BNB__UNROLL for (int q = 0; q < 8; q++) _mm256_store_si256((__m256i *)(out + (p - g + q) * 16 + i), r[q]); \
             }                                                                                                          \
     }
-BNB__PACK_256(bnb__pack_f32_256, _mm256_castps_si256(bnb__load_f32_256((const float *)x + p, l->K - p)))
+BNB__PACK_256(bnb__pack_f32_256, _mm256_castps_si256(l->x_type == BNB_F32 ? bnb__load_256(BNB_F32, x, p, l->K - p) : bnb__load_256(BNB_F16, x, p, l->K - p)))
 BNB__PACK_256(bnb__pack_i16_256, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + 2 * p))))
 
 static BNB__AVX2 void bnb__fill_f32_256(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
@@ -2983,26 +3065,453 @@ static BNB__AVX2 void bnb__fill_i16_256(const bnb__linear *l, int64_t n, int64_t
 }
 
 static const bnb__int8_gemm bnb__gemm_i8_256 = {
-    {16, 48, 2, bnb__pack_i16_256, bnb__fill_i16_256, bnb__micro_i16_256, bnb__gemm_store_256}, 0, bnb__micro_f32_256};
+    {16, 48, 2, bnb__pack_i16_256, bnb__fill_i16_256, bnb__micro_i16_256, bnb__gemm_store_256, NULL, NULL}, 0, bnb__micro_f32_256};
 BNB__INT8_GEMM_ROW(bnb__gemm_i8_256)
 
 #define BNB__GEMMS(X)                                                                                                  \
-    X(bnb__gemm_f32_512, 1, bnb__pack_f32_512, bnb__fill_f32_f32_512, bnb__micro_f32_512)                              \
-    X(bnb__gemm_f16_512, 1, bnb__pack_f32_512, bnb__fill_f16_f32_512, bnb__micro_f32_512)                              \
-    X(bnb__gemm_bf16_512, 1, bnb__pack_f32_512, bnb__fill_bf16_f32_512, bnb__micro_f32_512)                            \
-    X(bnb__gemm_4bit_512, 1, bnb__pack_f32_512, bnb__fill4_f32_512, bnb__micro_f32_512)                                \
-    X(bnb__gemm_f16_bf16, 2, bnb__pack_bf16_512, bnb__fill_f16_bf16_512, bnb__micro_bf16_512)                          \
-    X(bnb__gemm_bf16_bf16, 2, bnb__pack_bf16_512, bnb__fill_bf16_bf16_512, bnb__micro_bf16_512)                        \
-    X(bnb__gemm_4bit_bf16, 2, bnb__pack_bf16_512, bnb__fill4_bf16_512, bnb__micro_bf16_512)
-static const bnb__gemm bnb__gemm_f32_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill_f32_256, bnb__micro_f32_256, bnb__gemm_store_256};
+    X(bnb__gemm_f32_512, 1, bnb__pack_f32_512, bnb__fill_f32_f32_512, bnb__micro_f32_512, NULL, NULL)                              \
+    X(bnb__gemm_f16_512, 1, bnb__pack_f32_512, bnb__fill_f16_f32_512, bnb__micro_f32_512, NULL, NULL)                              \
+    X(bnb__gemm_bf16_512, 1, bnb__pack_f32_512, bnb__fill_bf16_f32_512, bnb__micro_f32_512, NULL, NULL)                            \
+    X(bnb__gemm_4bit_512, 1, bnb__pack_f32_512, bnb__fill4_f32_512, bnb__micro_f32_512, NULL, NULL)                                \
+    X(bnb__gemm_f16_bf16, 2, bnb__pack_bf16_512, bnb__fill_f16_bf16_512, bnb__micro_bf16_512, NULL, NULL)                          \
+    X(bnb__gemm_bf16_bf16, 2, bnb__pack_bf16_512, bnb__fill_bf16_bf16_512, bnb__micro_bf16_512, NULL, NULL)                        \
+    X(bnb__gemm_4bit_bf16, 2, bnb__pack_bf16_512, bnb__fill4_bf16_512, bnb__micro_bf16_512, NULL, NULL)  \
+    X(bnb__gemm_f16_amx, 2, bnb__pack_bf16_512, bnb__fill_f16_bf16_512, bnb__micro_bf16_amx, bnb__amx_begin, bnb__amx_end)  \
+    X(bnb__gemm_bf16_amx, 2, bnb__pack_bf16_512, bnb__fill_bf16_bf16_512, bnb__micro_bf16_amx, bnb__amx_begin, bnb__amx_end) \
+    X(bnb__gemm_4bit_amx, 2, bnb__pack_bf16_512, bnb__fill4_bf16_512, bnb__micro_bf16_amx, bnb__amx_begin, bnb__amx_end)
+static const bnb__gemm bnb__gemm_f32_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill_f32_256, bnb__micro_f32_256, bnb__gemm_store_256, NULL, NULL};
 BNB__GEMM_ROW(bnb__gemm_f32_256)
-static const bnb__gemm bnb__gemm_4bit_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill4_f32_256, bnb__micro_f32_256, bnb__gemm_store_256};
+static const bnb__gemm bnb__gemm_4bit_256 = {16, 48, 1, bnb__pack_f32_256, bnb__fill4_f32_256, bnb__micro_f32_256, bnb__gemm_store_256, NULL, NULL};
 BNB__GEMM_ROW(bnb__gemm_4bit_256)
-#define BNB__X(name, group, pack, fill, micro)                                                                         \
-    static const bnb__gemm name = {32, 48, group, pack, fill, micro, bnb__gemm_store_512};                             \
+#define BNB__X(name, group, pack, fill, micro, begin, end)                                                                         \
+    static const bnb__gemm name = {32, 48, group, pack, fill, micro, bnb__gemm_store_512, begin, end};                             \
     BNB__GEMM_ROW(name)
 BNB__GEMMS(BNB__X)
 #undef BNB__X
+
+/* ---- attention ------------------------------------------------------------------------------------------------------
+ * Both kernels go through the rows of k and v in blocks and keep a running maximum and sum (online softmax), so scratch
+ * does not grow with the context. Sums over rows are in the order of the rows, in blocks counted from the first row seen. */
+
+BNB__INLINE BNB__AVX2 __m256 bnb__exp_256(__m256 x) /* relative error 1e-7; 0 below -87.3, infinity above 88.7 */
+{
+    __m256 keep = _mm256_cmp_ps(x, _mm256_set1_ps(-87.3f), _CMP_NLT_UQ), big = _mm256_cmp_ps(x, _mm256_set1_ps(88.72f), _CMP_GT_OQ);
+    x = _mm256_max_ps(_mm256_set1_ps(-87.3f), x);
+    __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693145752f), x), p; /* ln 2 in two parts: |r| <= ln 2 / 2 */
+    r = _mm256_fnmadd_ps(n, _mm256_set1_ps(1.42860677e-6f), r);
+    p = _mm256_fmadd_ps(r, _mm256_set1_ps(1.38888889e-3f), _mm256_set1_ps(8.33333333e-3f)); /* Taylor: r^6 / 6! + .. */
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(4.16666667e-2f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.66666667e-1f));
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
+    p = _mm256_fmadd_ps(_mm256_mul_ps(r, r), p, _mm256_add_ps(r, _mm256_set1_ps(1.0f)));
+    /* 2^n in two steps: n may be 128 */
+    __m256i i = _mm256_cvtps_epi32(n), half = _mm256_srai_epi32(i, 1), one = _mm256_set1_epi32(127);
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(half, one), 23)));
+    p = _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_sub_epi32(i, half), one), 23)));
+    return _mm256_and_ps(_mm256_blendv_ps(p, _mm256_set1_ps(__builtin_inff()), big), keep);
+}
+
+BNB__INLINE BNB__AVX2 float bnb__exp1(float x) { return _mm256_cvtss_f32(bnb__exp_256(_mm256_set1_ps(x))); }
+
+BNB__INLINE BNB__AVX2 float bnb__max_of_256(__m256 v)
+{
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+}
+
+BNB__INLINE BNB__AVX2 float bnb__sum_of_256(__m256 v)
+{
+    __m128 m = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__lanes_256(int64_t a, int64_t b) /* mask: lanes a <= i < b */
+{
+    __m256i i = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_castsi256_ps(_mm256_andnot_si256(_mm256_cmpgt_epi32(_mm256_set1_epi32((int)(a < 0 ? 0 : a > 8 ? 8 : a)), i),
+                                                   _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(b < 0 ? 0 : b > 8 ? 8 : b)), i)));
+}
+
+/* s [n] holds scores, n <= BLOCK, a multiple of 8; those in [a, b), a < b, become exp(s - max), the rest 0. max and sum
+ * run; returns what earlier exps must be multiplied by. */
+BNB__INLINE BNB__AVX2 float bnb__online_softmax(float *s, int64_t n, int64_t a, int64_t b, float *max, float *sum)
+{
+    __m256 m = _mm256_set1_ps(*max), none = _mm256_set1_ps(-__builtin_inff()), t = _mm256_setzero_ps();
+    for (int64_t j = a & ~(int64_t)7; j < b; j += 8)
+        m = _mm256_max_ps(m, _mm256_blendv_ps(none, _mm256_loadu_ps(s + j), bnb__lanes_256(a - j, b - j)));
+    float top = bnb__max_of_256(m), keep = bnb__exp1(*max - top);
+    for (int64_t j = 0; j < n; j += 8) {
+        __m256 e = _mm256_setzero_ps();
+        if (j + 8 > a && j < b)
+            e = _mm256_and_ps(bnb__exp_256(_mm256_sub_ps(_mm256_loadu_ps(s + j), _mm256_set1_ps(top))), bnb__lanes_256(a - j, b - j));
+        t = _mm256_add_ps(t, e);
+        _mm256_storeu_ps(s + j, e);
+    }
+    *max = top;
+    *sum = *sum * keep + bnb__sum_of_256(t);
+    return keep;
+}
+
+typedef struct bnb__attention {
+    const char *q, *k, *v; /* q f32 [T, n_head * D], k and v [R, row], rows q_stride and kv_stride bytes apart */
+    const int32_t *span;   /* [T, 2] */
+    float *y;              /* [T, n_head * D] */
+    int64_t T, R, D, n_head, group, row, q_stride, kv_stride;
+    float scale;
+} bnb__attention;
+
+static bnb__attention bnb__attention_of(const bnb_tensor *y)
+{
+    const bnb_tensor *q = y->src[0], *k = y->src[1], *v = y->src[2];
+    int32_t n_head = y->params.attention.n_head, n_kv = y->params.attention.n_head_kv;
+    return (bnb__attention){(const char *)q->plane[0], (const char *)k->plane[0], (const char *)v->plane[0],
+                            (const int32_t *)y->src[3]->plane[0], (float *)y->plane[0], q->shape[0], k->shape[0],
+                            q->shape[1] / n_head, n_head, n_head / n_kv, k->shape[1], q->stride[0], k->stride[0],
+                            y->params.attention.scale};
+}
+
+static int32_t bnb__attention_fits(const bnb_tensor *y)
+{
+    const bnb_tensor *k = y->src[1], *v = y->src[2];
+    int64_t D = y->src[0]->shape[1] / y->params.attention.n_head, row = k->shape[1] * bnb_type_bits(k->type) / 8;
+    return D % 8 == 0 && D <= BNB__GEMM_GROUPS && k->type == v->type && k->stride[0] == row && v->stride[0] == row;
+}
+
+static void bnb__attention_span(const bnb__attention *a, int64_t t, int64_t *s0, int64_t *s1) /* within [0, R) */
+{
+    *s0 = a->span[2 * t] < 0 ? 0 : a->span[2 * t];
+    *s1 = a->span[2 * t + 1] > a->R ? a->R : a->span[2 * t + 1];
+    if (*s1 < *s0) *s1 = *s0;
+}
+
+/* acc [8 C] (+)= sum over j of p[j] v[j], v: rows of numbers of a type. C vectors at a time. */
+BNB__INLINE BNB__AVX2 void bnb__attention_mix(const int type, const char *v, int64_t stride, const float *p, int64_t n, float keep,
+                                              float *acc, const int C)
+{
+    __m256 a[8];
+    BNB__UNROLL for (int i = 0; i < C; i++) a[i] = _mm256_mul_ps(_mm256_loadu_ps(acc + 8 * i), _mm256_set1_ps(keep));
+    for (int64_t j = 0; j < n; j++, v += stride) {
+        __m256 pj = _mm256_set1_ps(p[j]);
+        for (int64_t b = 0; b < C * (type == BNB_F32 ? 32 : 16); b += 64) _mm_prefetch(v + 16 * stride + b, _MM_HINT_T0);
+        BNB__UNROLL for (int i = 0; i < C; i++) a[i] = _mm256_fmadd_ps(pj, bnb__load_256(type, v, 8 * i, 8), a[i]);
+    }
+    BNB__UNROLL for (int i = 0; i < C; i++) _mm256_storeu_ps(acc + 8 * i, a[i]);
+}
+
+enum { BNB__ATTENTION_BLOCK = 128 }; /* rows of k and v at a time */
+
+/* A tile is one head of one row: made for decode, where the time is that of reading k and v. */
+BNB__INLINE BNB__AVX2 void bnb__attention_row(const bnb__attention *a, const int type, int64_t t, int64_t h)
+{
+    float s[BNB__ATTENTION_BLOCK], max = -__builtin_inff(), sum = 0;
+    int64_t D = a->D, s0, s1, size = type == BNB_F32 ? 4 : 2;
+    const float *q = (const float *)(a->q + t * a->q_stride) + h * D;
+    float *y = a->y + (t * a->n_head + h) * D;
+    bnb__attention_span(a, t, &s0, &s1);
+    memset(y, 0, (size_t)D * 4);
+    for (int64_t r = s0; r < s1; r += BNB__ATTENTION_BLOCK) {
+        int64_t n = s1 - r < BNB__ATTENTION_BLOCK ? s1 - r : BNB__ATTENTION_BLOCK, d;
+        const char *k = a->k + r * a->kv_stride + h / a->group * D * size, *v = a->v + (k - a->k);
+        for (int64_t j = 0; j < n; j += 8) {
+            __m256 acc[8];
+            const char *row[8]; /* beyond the end: the last row again */
+            BNB__UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm256_setzero_ps(), row[i] = k + (j + i < n ? j + i : n - 1) * a->kv_stride;
+            for (d = 0; d < D; d += 8) {
+                __m256 qd = _mm256_loadu_ps(q + d);
+                BNB__UNROLL for (int i = 0; i < 8; i++) acc[i] = _mm256_fmadd_ps(qd, bnb__load_256(type, row[i], d, 8), acc[i]);
+            }
+            _mm256_storeu_ps(s + j, _mm256_mul_ps(bnb__sum8(acc), _mm256_set1_ps(a->scale)));
+            for (int i = 0; i < 8; i++)
+                for (int64_t b = 0; b < D * size; b += 64) _mm_prefetch(row[i] + 16 * a->kv_stride + b, _MM_HINT_T0);
+        }
+        float keep = bnb__online_softmax(s, (n + 7) & ~(int64_t)7, 0, n, &max, &sum);
+        for (d = 0; d + 64 <= D; d += 64) bnb__attention_mix(type, v + d * size, a->kv_stride, s, n, keep, y + d, 8);
+        for (; d < D; d += 8) bnb__attention_mix(type, v + d * size, a->kv_stride, s, n, keep, y + d, 1);
+    }
+    for (int64_t d = 0; d < D && s1 > s0; d++) y[d] /= sum;
+}
+
+static BNB__AVX2 void bnb__attention_decode(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    bnb__attention a = bnb__attention_of(job->y);
+    (void)phase;
+    if (job->y->src[1]->type == BNB_F32) bnb__attention_row(&a, BNB_F32, tile / a.n_head, tile % a.n_head);
+    else bnb__attention_row(&a, BNB_F16, tile / a.n_head, tile % a.n_head);
+}
+
+static int64_t bnb__attention_decode_tiles(const bnb_tensor *y, int32_t phase)
+{
+    (void)phase;
+    return y->src[0]->shape[0] * y->params.attention.n_head;
+}
+
+/* Prompts: a tile is nt = 48 rows of q and one head. Both products are gemms: scores = q (as weights) times packed k, then
+ * y += exps (as weights) times v, whose rows are panels as they stand. */
+typedef struct bnb__attention_local {
+    float *q;           /* [48][LD]                scaled                     */
+    float *p;           /* [48][LD]                exps                       */
+    float *s;           /* [BLOCK / mr][48][mr]    scores                     */
+    float *k;           /* [BLOCK / mr][Dp][mr]    Dp: D rounded up to 16     */
+    float *v;           /* [Dv / mr][BLOCK][mr]    Dv: D rounded up to mr     */
+    float *y;           /* [Dv / mr][48][mr]                                  */
+    float *max, *sum;   /* [48]                                               */
+    uint64_t bytes;
+} bnb__attention_local;
+
+static bnb__attention_local bnb__attention_local_of(const bnb__gemm *g, int64_t D, void *local)
+{
+    bnb__attention_local s;
+    int64_t Dp = (D + 15) & ~(int64_t)15, Dv = (D + g->mr - 1) / g->mr * g->mr;
+    float *p = (float *)local;
+    s.q = p, p += g->nt * BNB__GEMM_LD;
+    s.p = p, p += g->nt * BNB__GEMM_LD;
+    s.s = p, p += g->nt * BNB__ATTENTION_BLOCK;
+    s.k = p, p += Dp * BNB__ATTENTION_BLOCK;
+    s.v = p, p += Dv * BNB__ATTENTION_BLOCK;
+    s.y = p, p += Dv * g->nt;
+    s.max = p, p += g->nt;
+    s.sum = p, p += g->nt;
+    s.bytes = (uint64_t)((char *)p - (char *)local);
+    return s;
+}
+
+static BNB__AVX2 void bnb__attention_prompt(const bnb__gemm *g, const bnb__job *job, int64_t tile)
+{
+    bnb__attention a = bnb__attention_of(job->y);
+    int64_t D = a.D, Dp = (D + 15) & ~(int64_t)15, mr = g->mr, nt = g->nt, lo = a.R, hi = 0, s0, s1;
+    int64_t h = tile % a.n_head, t0 = tile / a.n_head * nt, n = a.T - t0 < nt ? a.T - t0 : nt;
+    bnb__attention_local s = bnb__attention_local_of(g, D, job->local);
+    const bnb_tensor *k = job->y->src[1], *v = job->y->src[2];
+    int64_t kv = h / a.group * D;
+    bnb__linear lk = {a.k + kv * (k->type == BNB_F32 ? 4 : 2), a.kv_stride, k->type, NULL, NULL, NULL, NULL, 0, 0, D};
+    bnb__linear lv = {NULL, 0, 0, v, NULL, (const uint8_t *)a.v, NULL, 0, 0, a.row};
+    memset(s.q, 0, (size_t)(nt * BNB__GEMM_LD) * 4);
+    memset(s.p, 0, (size_t)(nt * BNB__GEMM_LD) * 4);
+    for (int64_t i = 0; i < n; i++) {
+        const float *q = (const float *)(a.q + (t0 + i) * a.q_stride) + h * D;
+        for (int64_t d = 0; d < D; d++) s.q[i * BNB__GEMM_LD + d] = q[d] * a.scale;
+        s.max[i] = -__builtin_inff(), s.sum[i] = 0;
+        bnb__attention_span(&a, t0 + i, &s0, &s1);
+        if (s0 < s1) lo = s0 < lo ? s0 : lo, hi = s1 > hi ? s1 : hi;
+    }
+    lk.M = hi;
+    for (int64_t r = lo; r < hi; r += BNB__ATTENTION_BLOCK) {
+        int64_t rows = hi - r < BNB__ATTENTION_BLOCK ? hi - r : BNB__ATTENTION_BLOCK, padded = (rows + 7) & ~(int64_t)7;
+        for (int64_t j = 0; j < rows; j += mr) {
+            g->pack(&lk, r + j, 0, Dp, (uint32_t *)s.k + j * Dp);
+            g->micro(1, rows - j, Dp, (const uint32_t *)s.k + j * Dp, (const uint32_t *)s.q, s.s + j * nt);
+        }
+        for (int64_t i = 0; i < n; i++) {
+            float *p = s.p + i * BNB__GEMM_LD, keep = 1;
+            for (int64_t j = 0; j < padded; j += 8) _mm256_storeu_ps(p + j, _mm256_loadu_ps(s.s + j / mr * mr * nt + i * mr + j % mr));
+            bnb__attention_span(&a, t0 + i, &s0, &s1);
+            s0 = s0 > r ? s0 - r : 0, s1 = s1 < r + rows ? s1 - r : rows;
+            if (s0 < s1) keep = bnb__online_softmax(p, padded, s0, s1, &s.max[i], &s.sum[i]);
+            else memset(p, 0, (size_t)padded * 4);
+            for (int64_t d = 0; d < D; d += mr)
+                for (int64_t j = 0; j < mr && r > lo; j += 8) {
+                    float *y = s.y + d * nt + i * mr + j;
+                    _mm256_storeu_ps(y, _mm256_mul_ps(_mm256_loadu_ps(y), _mm256_set1_ps(keep)));
+                }
+        }
+        for (int64_t d = 0; d < D; d += mr) {
+            float *panel = s.v + d * BNB__ATTENTION_BLOCK;
+            for (int64_t j = 0; j < rows; j++) g->fill(&lv, r + j, kv + d, mr, (uint32_t *)panel + j * mr);
+            g->micro(r == lo, D - d, rows, (const uint32_t *)panel, (const uint32_t *)s.p, s.y + d * nt);
+        }
+    }
+    for (int64_t i = 0; i < n; i++) {
+        float *y = a.y + ((t0 + i) * a.n_head + h) * D;
+        for (int64_t d = 0; d < D; d++) y[d] = s.sum[i] > 0 || s.sum[i] != s.sum[i] ? s.y[d / mr * mr * nt + i * mr + d % mr] / s.sum[i] : 0.0f;
+    }
+}
+
+static int64_t bnb__attention_prompt_tiles(const bnb_tensor *y, int32_t phase)
+{
+    (void)phase;
+    return (y->src[0]->shape[0] + 47) / 48 * y->params.attention.n_head;
+}
+
+#define BNB__ATTENTION_ROW(name, gemm)                                                                                 \
+    static uint64_t name##_local(const bnb_tensor *y)                                                                  \
+    {                                                                                                                  \
+        return bnb__attention_local_of(&gemm, y->src[0]->shape[1] / y->params.attention.n_head, NULL).bytes;           \
+    }                                                                                                                  \
+    static void name##_run(const bnb__job *job, int32_t phase, int64_t tile) { (void)phase; bnb__attention_prompt(&gemm, job, tile); }
+BNB__ATTENTION_ROW(bnb__attention_f32_512, bnb__gemm_f32_512)
+BNB__ATTENTION_ROW(bnb__attention_f16_512, bnb__gemm_f16_512)
+BNB__ATTENTION_ROW(bnb__attention_256, bnb__gemm_f32_256)
+
+/* ---- row by row: norms, activations, sums. AVX2 is enough: these take a hundredth of the time of the products ---- */
+
+enum { BNB__CHUNK = 4096 }; /* elements of a row in a tile, at most */
+
+static int64_t bnb__map_chunk(const bnb_tensor *y)
+{
+    int64_t C = y->shape[1], chunks = (C + BNB__CHUNK - 1) / BNB__CHUNK;
+    return chunks ? ((C + chunks - 1) / chunks + 7) & ~(int64_t)7 : 8;
+}
+
+static int64_t bnb__map_tiles(const bnb_tensor *y, int32_t phase)
+{
+    int64_t c = bnb__map_chunk(y);
+    (void)phase;
+    return y->shape[0] * ((y->shape[1] + c - 1) / c);
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__sigmoid_256(__m256 x) /* 1 / (1 + exp(-x)) */
+{
+    __m256 one = _mm256_set1_ps(1.0f);
+    return _mm256_div_ps(one, _mm256_add_ps(one, bnb__exp_256(_mm256_sub_ps(_mm256_setzero_ps(), x))));
+}
+
+/* x/2 erfc(-x / sqrt 2), with erfc(z) = t exp(-z^2 + P(t)), t = 1 / (1 + z / 2): Chebyshev fit, relative error 1.2e-7
+ * (Numerical Recipes, erfcc). */
+BNB__INLINE BNB__AVX2 __m256 bnb__gelu_256(__m256 x)
+{
+    static const float c[10] = {0.17087277f, -0.82215223f, 1.48851587f, -1.13520398f, 0.27886807f,
+                                -0.18628806f, 0.09678418f, 0.37409196f, 1.00002368f, -1.26551223f};
+    __m256 sign = _mm256_set1_ps(-0.0f), z = _mm256_mul_ps(_mm256_andnot_ps(sign, x), _mm256_set1_ps(0.707106781f));
+    __m256 t = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_fmadd_ps(z, _mm256_set1_ps(0.5f), _mm256_set1_ps(1.0f)));
+    __m256 p = _mm256_set1_ps(c[0]);
+    BNB__UNROLL for (int i = 1; i < 10; i++) p = _mm256_fmadd_ps(p, t, _mm256_set1_ps(c[i]));
+    __m256 e = _mm256_mul_ps(t, bnb__exp_256(_mm256_fnmadd_ps(z, z, p))); /* erfc(|x| / sqrt 2) */
+    e = _mm256_blendv_ps(_mm256_sub_ps(_mm256_set1_ps(2.0f), e), e, x);
+    return _mm256_mul_ps(_mm256_mul_ps(_mm256_set1_ps(0.5f), x), e);
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__map_256(const int op, __m256 a, __m256 b)
+{
+    switch (op) {
+    case BNB_OP_ADD: return _mm256_add_ps(a, b);
+    case BNB_OP_MUL:
+    case BNB_OP_SCALE: return _mm256_mul_ps(a, b);
+    case BNB_OP_GELU: return bnb__gelu_256(a);
+    case BNB_OP_SILU: return _mm256_mul_ps(a, bnb__sigmoid_256(a));
+    default: /* gelu_tanh: 0.5 (1 + tanh u) is the sigmoid of 2 u */
+        b = _mm256_fmadd_ps(_mm256_mul_ps(a, a), _mm256_set1_ps(0.044715f * 1.595769122f), _mm256_set1_ps(1.595769122f));
+        return _mm256_mul_ps(a, bnb__sigmoid_256(_mm256_mul_ps(a, b)));
+    }
+}
+
+BNB__INLINE BNB__AVX2 void bnb__map_tile(const bnb__job *job, int64_t tile, const int op)
+{
+    const bnb_tensor *y = job->y, *x = y->src[0], *b = op == BNB_OP_ADD || op == BNB_OP_MUL ? y->src[1] : NULL;
+    int64_t C = y->shape[1], chunk = bnb__map_chunk(y), chunks = (C + chunk - 1) / chunk, t = tile / chunks;
+    int64_t i = tile % chunks * chunk, end = i + chunk < C ? i + chunk : C;
+    const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]), *bs = xs;
+    if (b) bs = (const float *)((const char *)b->plane[0] + (b->n_dims == 1 || b->shape[0] == 1 ? 0 : t * b->stride[0]));
+    float *ys = (float *)y->plane[0] + t * C;
+    __m256 factor = _mm256_set1_ps(op == BNB_OP_SCALE ? y->params.scale.factor : 0.0f);
+    for (; i + 8 <= end; i += 8)
+        _mm256_storeu_ps(ys + i, bnb__map_256(op, _mm256_loadu_ps(xs + i), b ? _mm256_loadu_ps(bs + i) : factor));
+    if (i < end)
+        _mm256_maskstore_ps(ys + i, _mm256_castps_si256(bnb__lanes_256(0, end - i)),
+                            bnb__map_256(op, bnb__load_f32_256(xs + i, end - i), b ? bnb__load_f32_256(bs + i, end - i) : factor));
+}
+
+/* add, mul: a row [C] of f16 or bf16 is left to the reference */
+static int32_t bnb__fits_pair(const bnb_tensor *y) { return y->src[1]->type == BNB_F32; }
+
+static BNB__AVX2 void bnb__map_run(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    (void)phase;
+    switch (job->y->op) {
+    case BNB_OP_ADD: bnb__map_tile(job, tile, BNB_OP_ADD); break;
+    case BNB_OP_MUL: bnb__map_tile(job, tile, BNB_OP_MUL); break;
+    case BNB_OP_SCALE: bnb__map_tile(job, tile, BNB_OP_SCALE); break;
+    case BNB_OP_GELU: bnb__map_tile(job, tile, BNB_OP_GELU); break;
+    case BNB_OP_SILU: bnb__map_tile(job, tile, BNB_OP_SILU); break;
+    default: bnb__map_tile(job, tile, BNB_OP_GELU_TANH); break;
+    }
+}
+
+BNB__INLINE BNB__AVX2 __m256 bnb__load_any_256(const bnb_tensor *t, int64_t i, int64_t n, float missing) /* of a [C] */
+{
+    if (!t) return _mm256_set1_ps(missing);
+    return t->type == BNB_F32   ? bnb__load_256(BNB_F32, t->plane[0], i, n)
+           : t->type == BNB_F16 ? bnb__load_256(BNB_F16, t->plane[0], i, n)
+                                : bnb__load_256(BNB_BF16, t->plane[0], i, n);
+}
+
+/* layer_norm and rms_norm: mean and variance in two passes, as in the formula. */
+static BNB__AVX2 void bnb__norm_256(const bnb__job *job, int32_t phase, int64_t t)
+{
+    const bnb_tensor *y = job->y, *x = y->src[0], *w = y->src[1], *b = y->op == BNB_OP_LAYER_NORM ? y->src[2] : NULL;
+    const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]);
+    float *ys = (float *)y->plane[0] + t * y->shape[1];
+    int64_t C = y->shape[1], i;
+    __m256 s[4], mean = _mm256_setzero_ps();
+    (void)phase;
+    for (int pass = y->op == BNB_OP_LAYER_NORM ? 0 : 1; pass < 2; pass++) {
+        BNB__UNROLL for (int j = 0; j < 4; j++) s[j] = _mm256_setzero_ps();
+#define BNB__STEP(j, v, mask)                                                                                          \
+    do {                                                                                                               \
+        __m256 d = _mm256_and_ps(_mm256_sub_ps(v, mean), mask);                                                        \
+        s[j] = pass ? _mm256_fmadd_ps(d, d, s[j]) : _mm256_add_ps(s[j], d);                                            \
+    } while (0)
+        __m256 all = _mm256_castsi256_ps(_mm256_set1_epi32(-1));
+        for (i = 0; i + 32 <= C; i += 32) { BNB__UNROLL for (int j = 0; j < 4; j++) BNB__STEP(j, _mm256_loadu_ps(xs + i + 8 * j), all); }
+        for (; i < C; i += 8) BNB__STEP(0, bnb__load_f32_256(xs + i, C - i), bnb__lanes_256(0, C - i));
+#undef BNB__STEP
+        float sum = bnb__sum_of_256(_mm256_add_ps(_mm256_add_ps(s[0], s[1]), _mm256_add_ps(s[2], s[3])));
+        if (pass == 0) mean = _mm256_set1_ps(sum / (float)C);
+        else s[0] = _mm256_div_ps(_mm256_set1_ps(1.0f), _mm256_sqrt_ps(_mm256_set1_ps(sum / (float)C + y->params.norm.eps)));
+    }
+    for (i = 0; i < C; i += 8) {
+        int64_t left = C - i;
+        __m256 v = _mm256_mul_ps(_mm256_sub_ps(bnb__load_f32_256(xs + i, left), mean), s[0]);
+        v = _mm256_fmadd_ps(v, bnb__load_any_256(w, i, left, 1.0f), bnb__load_any_256(b, i, left, 0.0f));
+        if (left >= 8) _mm256_storeu_ps(ys + i, v);
+        else _mm256_maskstore_ps(ys + i, _mm256_castps_si256(bnb__lanes_256(0, left)), v);
+    }
+}
+
+static BNB__AVX2 void bnb__softmax_256(const bnb__job *job, int32_t phase, int64_t t)
+{
+    const bnb_tensor *y = job->y, *x = y->src[0];
+    const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]);
+    float *ys = (float *)y->plane[0] + t * y->shape[1];
+    int64_t C = y->shape[1], i;
+    __m256 max = _mm256_set1_ps(-__builtin_inff()), sum = _mm256_setzero_ps(), none = max;
+    (void)phase;
+    for (i = 0; i < C; i += 8) max = _mm256_max_ps(max, _mm256_blendv_ps(none, bnb__load_f32_256(xs + i, C - i), bnb__lanes_256(0, C - i)));
+    max = _mm256_set1_ps(bnb__max_of_256(max));
+    for (i = 0; i < C; i += 8) {
+        __m256 mask = bnb__lanes_256(0, C - i), e = _mm256_and_ps(bnb__exp_256(_mm256_sub_ps(bnb__load_f32_256(xs + i, C - i), max)), mask);
+        sum = _mm256_add_ps(sum, e);
+        _mm256_maskstore_ps(ys + i, _mm256_castps_si256(mask), e);
+    }
+    float scale = 1.0f / bnb__sum_of_256(sum);
+    for (i = 0; i < C; i++) ys[i] *= scale;
+}
+
+static int64_t bnb__row_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->shape[0]; }
+
+/* cache[rows[t]] = x[t]. A tile is some columns of every row, so that of two equal row ids the later wins. */
+static BNB__AVX2 void bnb__set_rows_256(const bnb__job *job, int32_t phase, int64_t tile)
+{
+    const bnb_tensor *cache = job->y->src[0], *x = job->y->src[1];
+    const int32_t *rows = (const int32_t *)job->y->src[2]->plane[0];
+    int64_t C = x->shape[1], c0 = tile * 512, c1 = c0 + 512 < C ? c0 + 512 : C;
+    (void)phase;
+    for (int64_t t = 0; t < x->shape[0]; t++) {
+        const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]);
+        if (rows[t] < 0 || rows[t] >= cache->shape[0]) continue;
+        char *to = (char *)cache->plane[0] + rows[t] * cache->stride[0];
+        if (cache->type == BNB_F32) { memcpy(to + c0 * 4, xs + c0, (size_t)(c1 - c0) * 4); continue; }
+        for (int64_t i = c0; i < c1; i += 8) {
+            __m128i h = _mm256_cvtps_ph(bnb__load_f32_256(xs + i, c1 - i), 0);
+            if (c1 - i >= 8) { _mm_storeu_si128((__m128i *)(to + 2 * i), h); continue; }
+            memcpy(to + 2 * i, &h, (size_t)(c1 - i) * 2);
+        }
+    }
+}
+
+static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return (y->src[1]->shape[1] + 511) / 512; }
 
 #define BNB__ROW_DOT4(name, type) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, bnb__dot4_512}
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
@@ -3014,7 +3523,13 @@ static const bnb__kernel bnb__fast_kernels[] = {
     BNB__ROW_DOT("linear_bf16_dot_avx512", BNB_BF16, bnb__dot_bf16_512),
     BNB__ROW_DOT("linear_f32_dot_avx512", BNB_F32, bnb__dot_f32_512),
     {"linear_int8_dot_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 1, 8, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 2, bnb__dot_int8_tiles, bnb__dot_int8_work, NULL, bnb__dot_int8_vnni},
+    {"linear_int8_gemm_amx", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AMX | BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 4, bnb__gemm_i8_amx_tiles, bnb__gemm_i8_amx_work, bnb__gemm_i8_amx_local, bnb__gemm_i8_amx_run},
     {"linear_int8_gemm_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 4, bnb__gemm_i8_vnni_tiles, bnb__gemm_i8_vnni_work, bnb__gemm_i8_vnni_local, bnb__gemm_i8_vnni_run},
+#define BNB__CPU_AMX_ALL (BNB_CPU_AMX | BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16)
+    BNB__ROW_GEMM("linear_nf4_gemm_amx", BNB_NF4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
+    BNB__ROW_GEMM("linear_fp4_gemm_amx", BNB_FP4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
+    BNB__ROW_GEMM("linear_f16_gemm_amx", BNB_F16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_f16_amx),
+    BNB__ROW_GEMM("linear_bf16_gemm_amx", BNB_BF16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_bf16_amx),
     BNB__ROW_GEMM("linear_nf4_gemm_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
     BNB__ROW_GEMM("linear_fp4_gemm_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
     BNB__ROW_GEMM("linear_f16_gemm_bf16_avx512", BNB_F16, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, NULL, bnb__gemm_f16_bf16),
@@ -3037,6 +3552,24 @@ static const bnb__kernel bnb__fast_kernels[] = {
     BNB__ROW_GEMM("linear_f16_gemm_avx2", BNB_F16, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
     BNB__ROW_GEMM("linear_bf16_gemm_avx2", BNB_BF16, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
     BNB__ROW_GEMM("linear_f32_gemm_avx2", BNB_F32, -1, BNB_CPU_AVX2, NULL, bnb__gemm_f32_256),
+    /* AVX2 serves these ops on every machine: they do not bound anything */
+#define BNB__ROW_OP(name, op, type, m0, m1, cpu, fits, tiles, local, run) {name, op, type, -1, m0, m1, cpu, fits, 1, tiles, NULL, local, run}
+    BNB__ROW_OP("attention_f16_decode_avx2", BNB_OP_ATTENTION, BNB_F16, 0, 11, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_decode_tiles, NULL, bnb__attention_decode),
+    BNB__ROW_OP("attention_f32_decode_avx2", BNB_OP_ATTENTION, BNB_F32, 0, 11, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_decode_tiles, NULL, bnb__attention_decode),
+    BNB__ROW_OP("attention_f16_avx512", BNB_OP_ATTENTION, BNB_F16, 12, INT64_MAX, BNB_CPU_AVX512, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_f16_512_local, bnb__attention_f16_512_run),
+    BNB__ROW_OP("attention_f32_avx512", BNB_OP_ATTENTION, BNB_F32, 12, INT64_MAX, BNB_CPU_AVX512, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_f32_512_local, bnb__attention_f32_512_run),
+    BNB__ROW_OP("attention_f16_avx2", BNB_OP_ATTENTION, BNB_F16, 12, INT64_MAX, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_256_local, bnb__attention_256_run),
+    BNB__ROW_OP("attention_f32_avx2", BNB_OP_ATTENTION, BNB_F32, 12, INT64_MAX, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_256_local, bnb__attention_256_run),
+    BNB__ROW_OP("layer_norm_avx2", BNB_OP_LAYER_NORM, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__norm_256),
+    BNB__ROW_OP("rms_norm_avx2", BNB_OP_RMS_NORM, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__norm_256),
+    BNB__ROW_OP("softmax_avx2", BNB_OP_SOFTMAX, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__softmax_256),
+    BNB__ROW_OP("add_avx2", BNB_OP_ADD, -1, 0, INT64_MAX, BNB_CPU_AVX2, bnb__fits_pair, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("mul_avx2", BNB_OP_MUL, -1, 0, INT64_MAX, BNB_CPU_AVX2, bnb__fits_pair, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("scale_avx2", BNB_OP_SCALE, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("gelu_avx2", BNB_OP_GELU, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("gelu_tanh_avx2", BNB_OP_GELU_TANH, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("silu_avx2", BNB_OP_SILU, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__map_tiles, NULL, bnb__map_run),
+    BNB__ROW_OP("set_rows_avx2", BNB_OP_SET_ROWS, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__set_rows_tiles, NULL, bnb__set_rows_256),
 };
 #endif
 
@@ -3197,7 +3730,7 @@ static void bnb__softmax_ref(const bnb__job *j, int32_t phase, int64_t t) {
     for (int64_t i = 0; i < n; i++) out[i] = (float)(out[i] / sum);
 }
 
-static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->src[1]->shape[0]; }
+static int64_t bnb__set_rows_ref_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->src[1]->shape[0]; }
 
 static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
     const bnb_tensor *cache = j->y->src[0], *x = j->y->src[1];
@@ -3207,11 +3740,11 @@ static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
 }
 
 /* Tile: one head of one row. local: scores f32 [R] | one key or value f32 [D] */
-static int64_t bnb__attention_tiles(const bnb_tensor *y, int32_t phase) {
+static int64_t bnb__attention_ref_tiles(const bnb_tensor *y, int32_t phase) {
     (void)phase;
     return y->shape[0] * y->params.attention.n_head;
 }
-static uint64_t bnb__attention_local(const bnb_tensor *y) {
+static uint64_t bnb__attention_ref_local(const bnb_tensor *y) {
     return (uint64_t)(y->src[1]->shape[0] + y->shape[1] / y->params.attention.n_head) * sizeof(float);
 }
 
@@ -3254,8 +3787,8 @@ static const bnb__kernel bnb__reference_kernels[] = {
     {"relu_ref", BNB_OP_RELU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
     {"silu_ref", BNB_OP_SILU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
     {"softmax_ref", BNB_OP_SOFTMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__softmax_ref},
-    {"set_rows_ref", BNB_OP_SET_ROWS, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__set_rows_tiles, NULL, NULL, bnb__set_rows_ref},
-    {"attention_ref", BNB_OP_ATTENTION, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__attention_tiles, NULL, bnb__attention_local, bnb__attention_ref},
+    {"set_rows_ref", BNB_OP_SET_ROWS, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__set_rows_ref_tiles, NULL, NULL, bnb__set_rows_ref},
+    {"attention_ref", BNB_OP_ATTENTION, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__attention_ref_tiles, NULL, bnb__attention_ref_local, bnb__attention_ref},
 };
 
 static int bnb__kernel_fits(const bnb__kernel *k, const bnb_tensor *y, uint32_t cpu, int32_t compute) {
@@ -3943,6 +4476,8 @@ static bnb_status bnb__file_extents(bnb_file *f, int gaps, bnb_error *err) {
             if (f->data[b]) s = BNB__BAD("the byte at offset %llu, between two planes, is not zero", (bnb__ull)b);
         end = e[i].end;
     }
+    for (uint64_t b = end; gaps && b < f->bytes && !s; b++)
+        if (f->data[b]) s = BNB__BAD("the byte at offset %llu, behind the last plane, is not zero", (bnb__ull)b);
     bnb_free(f->owned.env, e, cap * sizeof *e);
     return s;
 }
@@ -3985,35 +4520,36 @@ static bnb_status bnb__read_all(int fd, uint8_t *dst, uint64_t bytes, const char
     for (uint64_t at = 0; at < bytes;) {
         ssize_t n = read(fd, dst + at, BNB__MIN(bytes - at, (uint64_t)1 << 30));
         if (n < 0 && errno == EINTR) continue;
-        if (n < 0) return bnb_fail(err, BNB_E_IO, "%s: %s while reading at offset %llu", path, strerror(errno), (bnb__ull)at);
-        if (n == 0) return bnb_fail(err, BNB_E_IO, "%s: the file ended at offset %llu of %llu while it was read", path, (bnb__ull)at, (bnb__ull)bytes);
+        if (n < 0) return bnb_fail(err, BNB_E_IO, "%.200s: %s while reading at offset %llu", path, strerror(errno), (bnb__ull)at);
+        if (n == 0) return bnb_fail(err, BNB_E_IO, "%.200s: the file ended at offset %llu of %llu while it was read", path, (bnb__ull)at, (bnb__ull)bytes);
         at += (uint64_t)n;
     }
     return BNB_OK;
 }
 
 static bnb_status bnb__file_load(bnb_file *f, const char *path, uint32_t flags, bnb_error *err) {
-    int fd = open(path, O_RDONLY | O_CLOEXEC);
-    if (fd < 0) return bnb_fail(err, BNB_E_IO, "%s: %s", path, strerror(errno));
+    /* O_NONBLOCK: a pipe without a writer would keep us waiting; it means nothing for regular files */
+    int fd = open(path, O_RDONLY | O_CLOEXEC | O_NONBLOCK);
+    if (fd < 0) return bnb_fail(err, BNB_E_IO, "%.200s: %s", path, strerror(errno));
     struct stat st;
     bnb_status s = BNB_OK;
-    if (fstat(fd, &st)) s = bnb_fail(err, BNB_E_IO, "%s: %s", path, strerror(errno));
-    else if (!S_ISREG(st.st_mode)) s = bnb_fail(err, BNB_E_IO, "%s: not a regular file", path);
-    else if (st.st_size == 0) s = bnb_fail(err, BNB_E_FORMAT, "%s: the file is empty", path);
+    if (fstat(fd, &st)) s = bnb_fail(err, BNB_E_IO, "%.200s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode)) s = bnb_fail(err, BNB_E_IO, "%.200s: not a regular file", path);
+    else if (st.st_size == 0) s = bnb_fail(err, BNB_E_FORMAT, "%.200s: the file is empty", path);
     else if (flags & BNB_FILE_NO_MMAP) {
         f->data = bnb__alloc_raw(f->owned.env, (size_t)st.st_size, err);
         f->bytes = (uint64_t)st.st_size;
         s = f->data ? bnb__read_all(fd, (uint8_t *)(uintptr_t)f->data, f->bytes, path, err) : BNB_E_NOMEM;
     } else {
         void *p = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_SHARED, fd, 0);
-        if (p == MAP_FAILED) s = bnb_fail(err, BNB_E_IO, "%s: cannot be mapped: %s", path, strerror(errno));
+        if (p == MAP_FAILED) s = bnb_fail(err, BNB_E_IO, "%.200s: cannot be mapped: %s", path, strerror(errno));
         else {
             f->data = p;
             f->bytes = (uint64_t)st.st_size;
             f->mapped = 1;
             if (flags & BNB_FILE_MLOCK) {
                 if (mlock(p, f->bytes) == 0) f->locked = 1;
-                else bnb_log(f->owned.env, BNB_LOG_WARN, "%s: cannot be locked in memory: %s (see ulimit -l)", path, strerror(errno));
+                else bnb_log(f->owned.env, BNB_LOG_WARN, "%.200s: cannot be locked in memory: %s (see ulimit -l)", path, strerror(errno));
             }
         }
     }

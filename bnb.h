@@ -281,7 +281,8 @@ bnb_tensor *bnb_gelu_tanh(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_relu(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_silu(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_softmax(bnb_ctx *ctx, bnb_tensor *x); /* over each row */
-/* cache: f32 or f16 [R, C], RESIDENT memory that outlives the plan; x: f32 [T, C]; rows: i32 [T], each in [0, R).
+/* cache: f32 or f16 [R, C], RESIDENT memory that outlives the plan; x: f32 [T, C]; rows: i32 [T], each in [0, R)
+ * and none twice.
  * Returns the cache as it is after the writes: use this handle to read it in the same graph. */
 bnb_tensor *bnb_set_rows(bnb_ctx *ctx, bnb_tensor *cache, bnb_tensor *x, bnb_tensor *rows);
 /* Attention over cached keys and values. q: f32 [T, n_head * D]; k, v: f32 or f16 [R, n_head_kv * D];

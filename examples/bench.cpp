@@ -1,9 +1,9 @@
 // bench: how fast a model, or one matrix product, is on this machine, and how much of the machine's limit that is.
 //
-// Build: make            or:  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o bench examples/bench.cpp bnb.o models/*.cpp -pthread
+// Build: make     or  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o bench examples/bench.cpp models/*.cpp bnb.o -pthread
 // Use:   ./bench -m model.bnb            ./bench --synthetic opt-1.3b --type nf4
 //        ./bench --ops --shape 4096,4096 --type nf4 -b 1,4,16,64,512
-// Not:   no comparison with other programs, no power or temperature control: look at the spread, repeat on a quiet machine.
+// Not:   no comparison with other programs, no control of the clock rate: look at the spread, use a quiet machine.
 //
 // Decoding one token reads every weight once, so its limit is memory bandwidth. That limit is measured here, with the
 // same threads, and decode speed is given as a part of it.
@@ -24,22 +24,25 @@ struct Options {
 };
 
 cli::Program program(Options &o) {
-    return {"measures the speed of a model or of one matrix product, and its part of the machine's limit",
-            {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]",
-             "--ops [--shape N,K] [--type TYPE] [-b 1,4,16,64,512,2048] [options]"},
-            cli::Rows{cli::heading("Model")} + o.model.row_path() + o.synthetic.rows(o.quant) +
-                o.quant.rows_type("of linear weights: of --synthetic, --ops (default there: nf4), or a checkpoint quantized on load") +
-                o.quant.rows() + o.model.rows() +
-                cli::Rows{cli::heading("What to measure"),
-                          {"-p, --n-prompt", "N", &o.n_prompt, "prompt tokens (prefill); 0: skip", 0},
-                          {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
-                          {"-b, --batch", "LIST", &o.batch, "rows: of one product each with --ops; a model takes 1 only"},
-                          {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
-                          {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
-                          {"--shape", "N,K", &o.shape, "of W with --ops"}} +
-                cli::Rows{cli::heading("Other")} + o.common.rows(),
-            "Speeds are the median of the repetitions, with the slowest and the fastest. Bandwidth is measured by adding up\n"
-            "a buffer that no cache holds, on the same threads.\n"};
+    return {
+        "measures the speed of a model or of one matrix product, and its part of the machine's limit",
+        {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]",
+         "--ops [--shape N,K] [--type TYPE] [-b 1,4,16,64,512,2048] [options]"},
+        cli::Rows{cli::heading("Model")} + o.model.row_path() + o.synthetic.rows(o.quant) +
+            o.quant.rows_type(
+                "of linear weights: of --synthetic, --ops (default there: nf4), or a checkpoint quantized on load") +
+            o.quant.rows() + o.model.rows() +
+            cli::Rows{cli::heading("What to measure"),
+                      {"-p, --n-prompt", "N", &o.n_prompt, "prompt tokens (prefill); 0: skip", 0},
+                      {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
+                      {"-b, --batch", "LIST", &o.batch, "rows: of one product each with --ops; a model takes 1 only"},
+                      {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
+                      {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
+                      {"--shape", "N,K", &o.shape, "of W with --ops"}} +
+            cli::Rows{cli::heading("Other")} + o.common.rows(),
+        "Speeds are the median of the repetitions, with the slowest and the fastest. Bandwidth is measured by adding "
+        "up\n"
+        "a buffer that no cache holds, on the same threads.\n"};
 }
 
 int64_t positive(const char *option, const std::string &text) {
@@ -73,7 +76,7 @@ struct Random {
     }
 };
 
-// ---- memory bandwidth --------------------------------------------------------------------------------------------------
+// ---- memory bandwidth ---------------------------------------------------------------------------------------------
 
 typedef uint64_t Vector __attribute__((vector_size(64))); // whatever the compiler may use; 16-byte loads suffice here
 
@@ -83,7 +86,9 @@ struct Buffer {
     uint64_t sums[parts] = {};
     ~Buffer() { free(data); }
 
-    static void fill(void *self, int64_t i) { memset(static_cast<Buffer *>(self)->data + size_t(i) * part, 1, part * sizeof(Vector)); }
+    static void fill(void *self, int64_t i) {
+        memset(static_cast<Buffer *>(self)->data + size_t(i) * part, 1, part * sizeof(Vector));
+    }
     static void sum(void *self, int64_t i) { // eight sums, or each addition would wait for the one before
         Buffer &b = *static_cast<Buffer *>(self);
         const Vector *v = b.data + size_t(i) * part;
@@ -91,7 +96,8 @@ struct Buffer {
         for (size_t k = 0; k < part; k += 8)
             for (size_t j = 0; j < 8; j++) s[j] += v[k + j];
         for (size_t j = 1; j < 8; j++) s[0] += s[j];
-        b.sums[i] = s[0][0] + s[0][1] + s[0][2] + s[0][3] + s[0][4] + s[0][5] + s[0][6] + s[0][7]; // nothing is dead code
+        b.sums[i] =
+            s[0][0] + s[0][1] + s[0][2] + s[0][3] + s[0][4] + s[0][5] + s[0][6] + s[0][7]; // nothing is dead code
     }
 };
 
@@ -110,7 +116,7 @@ double read_bandwidth(bnb_env *env) {
     return double(Buffer::bytes) / best;
 }
 
-// ---- a model -----------------------------------------------------------------------------------------------------------
+// ---- a model ------------------------------------------------------------------------------------------------------
 
 struct Speed { // per second
     double median = 0, low = 0, high = 0;
@@ -192,22 +198,37 @@ Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s) 
     const cli::Session session(cli::need(bnb_session_create(model, n_ctx, &err), err));
     std::vector<double> prefill, decode;
     for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
-        const double p = o.n_prompt ? double(o.n_prompt) / prefill_seconds(session.get(), random_tokens(o.n_prompt, info.n_vocab, 2 * rep)) : 0;
-        const double d = o.n_gen ? double(o.n_gen) / decode_seconds(session.get(), random_tokens(o.n_gen + 1, info.n_vocab, 2 * rep + 1)) : 0;
+        const double p =
+            o.n_prompt
+                ? double(o.n_prompt) / prefill_seconds(session.get(), random_tokens(o.n_prompt, info.n_vocab, 2 * rep))
+                : 0;
+        const double d =
+            o.n_gen
+                ? double(o.n_gen) / decode_seconds(session.get(), random_tokens(o.n_gen + 1, info.n_vocab, 2 * rep + 1))
+                : 0;
         if (rep && o.n_prompt) prefill.push_back(p);
         if (rep && o.n_gen) decode.push_back(d);
         bnb_progress(env, "bench", double(rep + 1) / double(o.reps + 1));
     }
     const uint64_t peak = cli::peak_bytes(); // before the bandwidth buffer
-    return {info, bnb_model_compute(model), bnb_env_threads(env), load_s, Speed(prefill), Speed(decode),
-            bytes_per_token(model), peak, read_bandwidth(env)};
+    return {info,
+            bnb_model_compute(model),
+            bnb_env_threads(env),
+            load_s,
+            Speed(prefill),
+            Speed(decode),
+            bytes_per_token(model),
+            peak,
+            read_bandwidth(env)};
 }
 
 void print_model(const Options &o, const std::string &name, const Result &r) {
     std::string out;
-    const auto row = [&](const std::string &what, const std::string &value) { out += cli::format("%-18s %s\n", what.c_str(), value.c_str()); };
-    row("model", cli::format("%s, %.3f billion parameters, linear weights %s", name.c_str(), double(r.info.n_params) / 1e9,
-                             bnb_type_name(r.info.linear_type)));
+    const auto row = [&](const std::string &what, const std::string &value) {
+        out += cli::format("%-18s %s\n", what.c_str(), value.c_str());
+    };
+    row("model", cli::format("%s, %.3f billion parameters, linear weights %s", name.c_str(),
+                             double(r.info.n_params) / 1e9, bnb_type_name(r.info.linear_type)));
     row("compute", cli::format("%s, %d threads", r.compute.c_str(), r.threads));
     row("load", cli::format("%.3f s", r.load_s));
     row("footprint", cli::gib_text(r.info.footprint));
@@ -216,8 +237,8 @@ void print_model(const Options &o, const std::string &name, const Result &r) {
     if (o.n_gen) row(cli::format("decode (tg%lld)", static_cast<long long>(o.n_gen)), r.decode.text());
     row("bandwidth", cli::format("%.2f GB/s measured by reading memory", r.bandwidth / 1e9));
     if (o.n_gen)
-        row("decode reads", cli::format("%.3f GB of weights per token, %.2f GB/s, %.1f %% of that", double(r.bytes_token) / 1e9,
-                                        r.used() / 1e9, r.percent()));
+        row("decode reads", cli::format("%.3f GB of weights per token, %.2f GB/s, %.1f %% of that",
+                                        double(r.bytes_token) / 1e9, r.used() / 1e9, r.percent()));
     cli::print(out);
 }
 
@@ -226,20 +247,28 @@ void print_model_json(const Options &o, const std::string &name, const Result &r
     json.add("model", name).add("arch", r.info.arch).add("type", bnb_type_name(r.info.linear_type));
     json.add("n_params", r.info.n_params).add("compute", r.compute).add("threads", r.threads);
     json.add("n_prompt", o.n_prompt).add("n_gen", o.n_gen).add("batch", 1).add("reps", o.reps);
-    json.add("prefill_tok_s", r.prefill.median).add("prefill_tok_s_min", r.prefill.low).add("prefill_tok_s_max", r.prefill.high);
-    json.add("decode_tok_s", r.decode.median).add("decode_tok_s_min", r.decode.low).add("decode_tok_s_max", r.decode.high);
-    json.add("load_s", r.load_s).add("footprint_gib", cli::gib(r.info.footprint)).add("weight_bytes", r.info.weight_bytes);
+    json.add("prefill_tok_s", r.prefill.median)
+        .add("prefill_tok_s_min", r.prefill.low)
+        .add("prefill_tok_s_max", r.prefill.high);
+    json.add("decode_tok_s", r.decode.median)
+        .add("decode_tok_s_min", r.decode.low)
+        .add("decode_tok_s_max", r.decode.high);
+    json.add("load_s", r.load_s)
+        .add("footprint_gib", cli::gib(r.info.footprint))
+        .add("weight_bytes", r.info.weight_bytes);
     json.add("peak_bytes", r.peak).add("bytes_per_token", r.bytes_token).add("read_gb_s", r.bandwidth / 1e9);
     json.add("decode_gb_s", r.used() / 1e9).add("pct_of_bandwidth", r.percent());
     cli::print(json.text() + "\n");
 }
 
 void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
-    if (positive_list("--batch", o.batch) != std::vector<int64_t>{1}) cli::usage("--batch: a model takes one row only in this version");
+    if (positive_list("--batch", o.batch) != std::vector<int64_t>{1})
+        cli::usage("--batch: a model takes one row only in this version");
     const bool synthetic = !o.synthetic.name.empty();
     if (synthetic == !o.model.path.empty()) cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
     const double start = cli::now();
-    const cli::Model model = synthetic ? o.synthetic.make(env, false, given, o.quant, o.model) : o.model.load(env, given, o.quant);
+    const cli::Model model =
+        synthetic ? o.synthetic.make(env, false, given, o.quant, o.model) : o.model.load(env, given, o.quant);
     const Result r = measure(o, env, model.get(), cli::now() - start);
     const std::string name = synthetic ? o.synthetic.name : o.model.path;
     cli::hide_bar();
@@ -247,7 +276,7 @@ void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
     else print_model(o, name, r);
 }
 
-// ---- one matrix product ------------------------------------------------------------------------------------------------
+// ---- one matrix product -------------------------------------------------------------------------------------------
 
 struct Products { // y [M, N] = x [M, K] W [N, K]^T, several times in one plan, each with its own W
     cli::Ctx ctx;
@@ -353,8 +382,8 @@ std::string kernel_name(const bnb_plan *plan) { // of the first node: the third 
     return name;
 }
 
-// Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model do
-// (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would).
+// Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model
+// do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would).
 double Bench::seconds(int64_t m, std::string *kernel) const {
     const uint64_t beyond_caches = 256u << 20;
     const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(beyond_caches / bytes() + 2, 256)) : 1;
@@ -382,7 +411,8 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
     std::vector<cli::Json> rows;
 
     void head() const {
-        const std::string limit = cli::format("%d threads, memory reads at %.2f GB/s", bnb_env_threads(b.env), bandwidth / 1e9);
+        const std::string limit =
+            cli::format("%d threads, memory reads at %.2f GB/s", bnb_env_threads(b.env), bandwidth / 1e9);
         if (json) return;
         cli::print(cli::format("%s [%lld, %lld], %s\n", bnb_type_name(b.type), static_cast<long long>(b.n),
                                static_cast<long long>(b.k), limit.c_str()));
@@ -391,11 +421,16 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
     void row(int64_t m, double s, const std::string &kernel) {
         const double gb_s = double(b.bytes()) / s / 1e9, gflop_s = 2 * double(m) * double(b.n * b.k) / s / 1e9;
         const double percent = 100e9 * gb_s / bandwidth;
-        rows.push_back(cli::Json().add("rows", m).add("us", s * 1e6).add("gb_s", gb_s).add("gflop_s", gflop_s)
-                           .add("pct_of_bandwidth", percent).add("kernel", kernel));
+        rows.push_back(cli::Json()
+                           .add("rows", m)
+                           .add("us", s * 1e6)
+                           .add("gb_s", gb_s)
+                           .add("gflop_s", gflop_s)
+                           .add("pct_of_bandwidth", percent)
+                           .add("kernel", kernel));
         if (!json)
-            cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f  %s\n", static_cast<long long>(m), s * 1e6, gb_s, gflop_s,
-                                   percent, kernel.c_str()));
+            cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f  %s\n", static_cast<long long>(m), s * 1e6, gb_s,
+                                   gflop_s, percent, kernel.c_str()));
     }
     void end() const {
         cli::Json object;
@@ -406,7 +441,8 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
 };
 
 void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
-    if (!o.model.path.empty() || !o.synthetic.name.empty()) cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
+    if (!o.model.path.empty() || !o.synthetic.name.empty())
+        cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
     const std::vector<int64_t> batches = positive_list("--batch", o.batch);
     if (o.quant.type.empty()) o.quant.type = "nf4";
     const Bench bench(o, given, env);

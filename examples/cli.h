@@ -4,7 +4,7 @@
 // Not:   no environment variables, no configuration files, no colours: what a program does stands in its command line.
 //
 // An option is one row of a table. The row parses it, checks its range, prints its help and its default; the default is
-// what the target holds before parsing. Rows that several programs have (Common, ModelOptions, QuantOptions) stand here.
+// what the target holds before parsing. Rows of several programs (Common, ModelOptions, QuantOptions) stand here.
 #pragma once
 
 #include <errno.h>
@@ -72,7 +72,7 @@ inline uint64_t peak_bytes() { // the most memory this process ever had, mapped 
     return uint64_t(usage.ru_maxrss) * 1024;
 }
 
-// ---- errors: thrown anywhere, printed once, by run() -----------------------------------------------------------------
+// ---- errors: thrown anywhere, printed once, by run() --------------------------------------------------------------
 
 enum { DONE = 0, FAILED = 1, USAGE = 2, INTERRUPTED = 130 };
 
@@ -94,7 +94,7 @@ inline void need(bnb_status status, const bnb_error &err) {
     if (status < 0) fail(err);
 }
 
-// ---- handles that free themselves ------------------------------------------------------------------------------------
+// ---- handles that free themselves ---------------------------------------------------------------------------------
 
 template <auto free_function> struct Free {
     template <class T> void operator()(T *p) const { free_function(p); }
@@ -107,7 +107,7 @@ using File = std::unique_ptr<bnb_file, Free<bnb_file_free>>;
 using Model = std::unique_ptr<bnb_model, Free<bnb_model_free>>;
 using Session = std::unique_ptr<bnb_session, Free<bnb_session_free>>;
 
-// ---- console: Ctrl-C, progress, log, stdout --------------------------------------------------------------------------
+// ---- console: Ctrl-C, progress, log, stdout -----------------------------------------------------------------------
 
 struct Console {
     std::string program;
@@ -171,7 +171,7 @@ inline std::string read_file(const std::string &path) { // "-": stdin
     return text;
 }
 
-// ---- JSON: objects of named values -----------------------------------------------------------------------------------
+// ---- JSON: objects of named values --------------------------------------------------------------------------------
 
 class Json {
 public:
@@ -231,7 +231,7 @@ private:
     }
 };
 
-// ---- the option table ------------------------------------------------------------------------------------------------
+// ---- the option table ---------------------------------------------------------------------------------------------
 
 // monostate: a heading. A list collects every use of its option. The target's value before parsing is the default.
 using Target = std::variant<std::monostate, bool *, int32_t *, int64_t *, float *, double *, std::string *,
@@ -241,17 +241,18 @@ struct Option {
     const char *names;    // "-m, --model"; without a leading dash: a positional argument or a heading
     const char *argument; // "N"; "a|b|c" lists the only values accepted; "" for flags
     Target target;
-    const char *help;     // if it says "(default" itself, none is added
+    const char *help; // if it says "(default" itself, none is added
     double min = -std::numeric_limits<double>::infinity(), max = std::numeric_limits<double>::infinity();
 
     bool positional() const { return names[0] != '-' && target.index() != 0; }
     bool flag() const { return std::holds_alternative<bool *>(target); }
-    const void *address() const {
-        return std::visit([](auto t) -> const void * {
-            if constexpr (std::is_pointer_v<decltype(t)>) return t;
-            else return nullptr;
-        }, target);
-    }
+    const void *address() const { return std::visit(Address(), target); }
+
+private:
+    struct Address {
+        const void *operator()(std::monostate) const { return nullptr; }
+        const void *operator()(const void *p) const { return p; }
+    };
 };
 
 using Rows = std::vector<Option>;
@@ -267,7 +268,7 @@ struct Program {
     const char *summary;
     std::vector<const char *> usage; // without the program's name
     Rows rows;
-    const char *notes;               // the end of --help
+    const char *notes; // the end of --help
 };
 
 // What was given on the command line, by target.
@@ -405,11 +406,12 @@ inline Given parse_arguments(const Rows &rows, int argc, char **argv) {
 
 inline Given parse(Program program, int argc, char **argv) {
     bool help = false, version = false;
-    program.rows = program.rows + Rows{
+    const Rows always = {
         {"-v, --verbose", "", &console.verbose, "log more to stderr"},
         {"-h, --help", "", &help, "print this help"},
         {"--version", "", &version, "print the version"},
     };
+    program.rows = program.rows + always;
     const std::string text = help_text(program); // before parsing: it shows the defaults
     const Given given = parse_arguments(program.rows, argc, argv);
     if (help) print(text);
@@ -438,7 +440,7 @@ template <class Body> int run(int argc, char **argv, Body body) {
     return end.status;
 }
 
-// ---- rows that programs share ------------------------------------------------------------------------------------------
+// ---- rows that programs share -------------------------------------------------------------------------------------
 
 struct Common {
     int32_t threads = 0;
@@ -485,14 +487,16 @@ struct QuantOptions {
             {"--blocksize", "N", &blocksize, "4 bits: weights that share a scale: 32, 64, 128, ... 4096", 32, 4096},
             {"--threshold", "X", &threshold,
              "int8: activations of this size or more are outliers and computed in higher precision, 0: none "
-             "(default: 6, or what a .bnb says)", 0},
+             "(default: 6, or what a .bnb says)",
+             0},
             {"--skip-modules", "A,B", &skip_modules,
              "modules that are not quantized; replaces the default, which is the output head"},
             {"--keep-in-fp32", "A,B", &keep_in_fp32, "modules that are kept as f32"},
             {"--rest-type", "f16|bf16|f32", &rest_type,
-             "type of everything that is not quantized (default: f16 beside quantized weights, else --type or as stored)"},
+             "type of all that is not quantized (default: f16 beside quantized weights, else --type or as stored)"},
             {"--quant-compat", "cuda|cpu", &compat, "whose rounding to follow: bitsandbytes' CUDA or CPU code"},
-            {"--allow-nonfinite", "", &allow_nonfinite, "quantize NaN and infinity as bitsandbytes does, not refuse them"},
+            {"--allow-nonfinite", "", &allow_nonfinite,
+             "quantize NaN and infinity as bitsandbytes does, not refuse them"},
         };
     }
 
@@ -546,7 +550,8 @@ struct ModelOptions {
             {"--device-map", "SPEC", &device_map, "where layers go: auto or cpu; other maps are not offered yet"},
             {"--compute-dtype", "auto|f32|bf16|f16", &compute,
              "what linear layers compute in; auto: what is fastest at full accuracy here"},
-            {"-ctk, --kv-type", "auto|f16|f32", &kv_type, "type of the KV cache; auto: f32 if the weights are f32, else f16"},
+            {"-ctk, --kv-type", "auto|f16|f32", &kv_type,
+             "type of the KV cache; auto: f32 if the weights are f32, else f16"},
             {"--outlier-rule", "column|row", &outlier_rule,
              "int8: an outlier takes its column out for all rows, or only for its own (default: what the model says)"},
             {"--no-mmap", "", &no_mmap, "read the file into memory instead of mapping it"},
@@ -590,7 +595,8 @@ struct SyntheticOptions {
             {"-s, --seed", "N", &quant.seed, "seed of the random weights", 0},
         };
     }
-    Model make(bnb_env *env, bool meta, const Given &given, const QuantOptions &quant, const ModelOptions &model) const {
+    Model make(bnb_env *env, bool meta, const Given &given, const QuantOptions &quant,
+               const ModelOptions &model) const {
         const bnb_model_params model_params = model.params(given, quant);
         const bnb_load_params load_params = quant.params(given);
         bnb_error err;

@@ -1,6 +1,6 @@
 // inspect: says what is in a model and what memory it needs.
 //
-// Build: make            or:  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o inspect examples/inspect.cpp bnb.o models/*.cpp -pthread
+// Build: make     or  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o inspect examples/inspect.cpp models/*.cpp bnb.o -pthread
 // Use:   ./inspect model.bnb --tensors        ./inspect --synthetic opt-66b --type nf4 --n-ctx 2048
 // Not:   changes nothing, computes nothing; a synthetic model stays a list of shapes.
 #include "cli.h"
@@ -19,18 +19,19 @@ struct Options {
 };
 
 cli::Program program(Options &o) {
-    return {"says what is in a model and what memory it needs",
-            {"MODEL [options]", "--synthetic NAME --type TYPE [--n-ctx N] [options]"},
-            cli::Rows{cli::heading("Model"),
-                      {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory or a .safetensors file"}} +
-                o.synthetic.rows(o.quant) + o.quant.rows_type("as if linear weights had this type") + o.quant.rows() +
-                o.model.rows() +
-                cli::Rows{cli::heading("What to print"),
-                          {"-c, --n-ctx, --ctx-size", "N", &o.n_ctx, "context to plan memory for; 0: the model's own", 0},
-                          {"--tensors", "", &o.tensors, "a line for each tensor"},
-                          {"--check", "", &o.check, "read everything: hashes of a .bnb file, NaN and infinity"}} +
-                o.common.rows(),
-            "The footprint is what get_memory_footprint() of transformers counts: codes, without scales.\n"};
+    return {
+        "says what is in a model and what memory it needs",
+        {"MODEL [options]", "--synthetic NAME --type TYPE [--n-ctx N] [options]"},
+        cli::Rows{cli::heading("Model"),
+                  {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory or a .safetensors file"}} +
+            o.synthetic.rows(o.quant) + o.quant.rows_type("as if linear weights had this type") + o.quant.rows() +
+            o.model.rows() +
+            cli::Rows{cli::heading("What to print"),
+                      {"-c, --n-ctx, --ctx-size", "N", &o.n_ctx, "context to plan memory for; 0: the model's own", 0},
+                      {"--tensors", "", &o.tensors, "a line for each tensor"},
+                      {"--check", "", &o.check, "read everything: hashes of a .bnb file, NaN and infinity"}} +
+            o.common.rows(),
+        "The footprint is what get_memory_footprint() of transformers counts: codes, without scales.\n"};
 }
 
 std::string number(int64_t v) { return std::to_string(v); }
@@ -121,21 +122,27 @@ std::string token_text(const bnb_model *model, int32_t id) {
 
 void print_text(const Options &o, const Report &r) {
     const bnb_model_info &m = r.info;
-    std::string out = cli::format("%s: %s, %.3f billion parameters, linear weights %s\n", o.synthetic.name.empty() ? o.model.path.c_str() : o.synthetic.name.c_str(),
-                                  m.arch, double(m.n_params) / 1e9, bnb_type_name(m.linear_type));
-    const auto row = [&](const char *name, const std::string &value) { out += cli::format("  %-22s %s\n", name, value.c_str()); };
+    std::string out = cli::format("%s: %s, %.3f billion parameters, linear weights %s\n",
+                                  o.synthetic.name.empty() ? o.model.path.c_str() : o.synthetic.name.c_str(), m.arch,
+                                  double(m.n_params) / 1e9, bnb_type_name(m.linear_type));
+    const auto row = [&](const char *name, const std::string &value) {
+        out += cli::format("  %-22s %s\n", name, value.c_str());
+    };
     row("layers", number(m.n_layer));
     row("heads", number(m.n_head));
     row("n_embd", number(m.n_embd));
     row("n_vocab", number(m.n_vocab));
     row("n_ctx", number(m.n_ctx));
     const int32_t bos = bnb_model_bos(r.model);
-    row("tokenizer", !m.has_tokenizer ? "none" : bos < 0 ? "yes" : "yes, text starts with " + number(bos) + " " + token_text(r.model, bos));
+    row("tokenizer", !m.has_tokenizer ? "none"
+                     : bos < 0        ? "yes"
+                                      : "yes, text starts with " + number(bos) + " " + token_text(r.model, bos));
     row("compute", bnb_model_compute(r.model));
     out += "\nbytes by type\n";
     for (const auto &[type, total] : r.types)
-        row(bnb_type_name(type), cli::format("%5lld tensors %16lld numbers %s", static_cast<long long>(total.tensors),
-                                             static_cast<long long>(total.elements), cli::gib_text(total.bytes).c_str()));
+        row(bnb_type_name(type),
+            cli::format("%5lld tensors %16lld numbers %s", static_cast<long long>(total.tensors),
+                        static_cast<long long>(total.elements), cli::gib_text(total.bytes).c_str()));
     out += "\nmemory\n";
     row("footprint", cli::gib_text(m.footprint));
     row("weights", cli::gib_text(r.memory.weights));
@@ -158,8 +165,11 @@ void print_text(const Options &o, const Report &r) {
 std::vector<cli::Json> types_json(const Report &r) {
     std::vector<cli::Json> list;
     for (const auto &[type, total] : r.types)
-        list.push_back(cli::Json().add("type", bnb_type_name(type)).add("n_tensors", total.tensors)
-                           .add("n_elements", total.elements).add("bytes", total.bytes));
+        list.push_back(cli::Json()
+                           .add("type", bnb_type_name(type))
+                           .add("n_tensors", total.tensors)
+                           .add("n_elements", total.elements)
+                           .add("bytes", total.bytes));
     return list;
 }
 
@@ -201,7 +211,8 @@ int body(int argc, char **argv) {
     const cli::Env env = o.common.open_env();
     bnb_error err;
     cli::File file;
-    if (!synthetic && is_bnb_file(o.model.path)) file.reset(cli::need(bnb_file_open(env.get(), o.model.path.c_str(), 0, &err), err));
+    if (!synthetic && is_bnb_file(o.model.path))
+        file.reset(cli::need(bnb_file_open(env.get(), o.model.path.c_str(), 0, &err), err));
     const cli::Model model = synthetic ? o.synthetic.make(env.get(), true, given, o.quant, o.model)
                                        : o.model.load(env.get(), given, o.quant);
     Report r = {model.get(), cli::model_info(model.get()), {}, 0, {}, {}};

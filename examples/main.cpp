@@ -1,6 +1,6 @@
 // main: generates text with a language model, once (-p, -f) or in turns with you (-i).
 //
-// Build: make            or:  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o main examples/main.cpp bnb.o models/*.cpp -pthread
+// Build: make     or  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o main examples/main.cpp models/*.cpp bnb.o -pthread
 // Use:   ./main -m model.bnb -p "Once upon a time"
 // Not:   no chat templates, no server, no context shift: generation ends where the context does.
 #include "cli.h"
@@ -29,9 +29,11 @@ cli::Program program(Options &o) {
         cli::heading("Text"),
         {"-p, --prompt", "TEXT", &o.prompt, "text to continue; an empty one starts from the model's first token"},
         {"-f, --file", "FILE", &o.file, "take the prompt from a file as it is, less one final newline; -: from stdin"},
-        {"-e, --escape", "", &o.escape, "in -p and --stop, \\n \\r \\t \\\\ \\\" \\' and \\xHH stand for what they do in C (default)"},
+        {"-e, --escape", "", &o.escape,
+         "in -p and --stop, \\n \\r \\t \\\\ \\\" \\' and \\xHH stand for what they do in C (default)"},
         {"--no-escape", "", &o.no_escape, "a backslash is a backslash"},
-        {"-n, --predict, --n-predict", "N", &o.n_predict, "tokens to generate; -1: until the model or the context ends", -2},
+        {"-n, --predict, --n-predict", "N", &o.n_predict, "tokens to generate; -1: until the model or the context ends",
+         -2},
         {"-c, --ctx-size", "N", &o.n_ctx, "context in tokens; 0: as long as the model was trained for", 0},
         {"--stop", "TEXT", &o.stop, "end before this text; may be given several times"},
         {"--ignore-eos", "", &o.ignore_eos, "go on when the model wants to end"},
@@ -44,17 +46,20 @@ cli::Program program(Options &o) {
         {"-s, --seed", "N", &o.seed, "seed of the random draws; -1: a random one, which is printed", -1},
         {"--temp", "T", &o.sampling.temp, "temperature; 0: always the likeliest token", 0},
         {"--top-k", "K", &o.sampling.top_k, "keep the K likeliest tokens; 0: all", 0},
-        {"--top-p", "P", &o.sampling.top_p, "keep the likeliest tokens that have P of the probability; 1: all", 1e-6, 1},
+        {"--top-p", "P", &o.sampling.top_p, "keep the likeliest tokens that have P of the probability; 1: all", 1e-6,
+         1},
         {"--min-p", "P", &o.sampling.min_p, "keep tokens with P of the likeliest one's probability; 0: all", 0, 1},
-        {"--repeat-penalty", "R", &o.sampling.repeat_penalty, "make tokens that were used less likely; 1: off", 0.01, 100},
+        {"--repeat-penalty", "R", &o.sampling.repeat_penalty, "make tokens that were used less likely; 1: off", 0.01,
+         100},
         {"--repeat-last-n", "N", &o.sampling.repeat_last_n, "tokens that count as used; -1: all", -1},
     };
-    return {"generates text with a language model in a bitsandbytes format",
-            {"-m MODEL -p PROMPT [options]", "-m MODEL -i [options]"},
-            cli::Rows{cli::heading("Model")} + o.model.row_path() + o.model.rows() + o.quant.rows_load_in() +
-                o.quant.rows() + text + sampling + cli::Rows{cli::heading("Other")} + o.common.rows(),
-            "stdout is the prompt, then the text, as it is made. Ctrl-C stops generation: if there was text, that is a\n"
-            "result (exit status 0). A second Ctrl-C ends the program at once.\n"};
+    return {
+        "generates text with a language model in a bitsandbytes format",
+        {"-m MODEL -p PROMPT [options]", "-m MODEL -i [options]"},
+        cli::Rows{cli::heading("Model")} + o.model.row_path() + o.model.rows() + o.quant.rows_load_in() +
+            o.quant.rows() + text + sampling + cli::Rows{cli::heading("Other")} + o.common.rows(),
+        "stdout is the prompt, then the text, as it is made. Ctrl-C stops generation: if there was text, that is a\n"
+        "result (exit status 0). A second Ctrl-C ends the program at once.\n"};
 }
 
 int hex_digit(char c) {
@@ -67,7 +72,8 @@ std::string unescape(const std::string &s) { // llama.cpp's rules: what is not a
     std::string out;
     for (size_t i = 0; i < s.size(); i++) {
         const size_t known = s[i] == '\\' && i + 1 < s.size() ? names.find(s[i + 1]) : std::string::npos;
-        const bool hex = s.compare(i, 2, "\\x") == 0 && i + 3 < s.size() && hex_digit(s[i + 2]) >= 0 && hex_digit(s[i + 3]) >= 0;
+        const bool hex =
+            s.compare(i, 2, "\\x") == 0 && i + 3 < s.size() && hex_digit(s[i + 2]) >= 0 && hex_digit(s[i + 3]) >= 0;
         if (known != std::string::npos) out += values[known], i += 1;
         else if (hex) out += char(hex_digit(s[i + 2]) * 16 + hex_digit(s[i + 3])), i += 3;
         else out += s[i];
@@ -144,8 +150,9 @@ public:
         const std::vector<int32_t> ids = prompt_tokens(model, transcript);
         const int64_t n_ctx = bnb_session_n_ctx(session.get());
         if (int64_t(ids.size()) > n_ctx)
-            cli::fail(cli::format("the prompt has %zu tokens, the context has room for %lld: shorten the prompt or raise -c",
-                                  ids.size(), static_cast<long long>(n_ctx)));
+            cli::fail(
+                cli::format("the prompt has %zu tokens, the context has room for %lld: shorten the prompt or raise -c",
+                            ids.size(), static_cast<long long>(n_ctx)));
         if (echo) cli::print(added);
         Turn t = generate(ids);
         transcript += t.text;
@@ -203,7 +210,8 @@ const char *stop_name(int32_t reason) {
 double rate(int64_t n, double seconds) { return seconds > 0 ? double(n) / seconds : 0; }
 
 // The lines that users paste into issues; "prompt eval" and "eval" are llama.cpp's words.
-void report(const Options &o, const bnb_model *model, const Conversation &c, const Turn &t, double load_s, double total_s) {
+void report(const Options &o, const bnb_model *model, const Conversation &c, const Turn &t, double load_s,
+            double total_s) {
     const auto line = [](const char *what, int64_t n, double s, const char *unit) {
         fprintf(stderr, "%-16s = %10.2f ms / %5lld %s (%8.2f ms per token, %8.2f tokens per second)\n", what, s * 1e3,
                 static_cast<long long>(n), unit, n ? s * 1e3 / double(n) : 0, rate(n, s));
@@ -216,7 +224,8 @@ void report(const Options &o, const bnb_model *model, const Conversation &c, con
     fprintf(stderr, "%-16s = weights %s, KV cache %s, work %s\n", "memory", cli::gib_text(m.weights).c_str(),
             cli::gib_text(m.state).c_str(), cli::gib_text(m.work).c_str());
     fprintf(stderr, "%-16s = %s\n", "compute", bnb_model_compute(model));
-    if (o.sampling.temp > 0) fprintf(stderr, "%-16s = %llu\n", "seed", static_cast<unsigned long long>(o.sampling.seed));
+    if (o.sampling.temp > 0)
+        fprintf(stderr, "%-16s = %llu\n", "seed", static_cast<unsigned long long>(o.sampling.seed));
 }
 
 void print_json(const Options &o, bnb_model *model, const Conversation &c, const Turn &t, double load_s) {

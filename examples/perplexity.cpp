@@ -1,11 +1,12 @@
 // perplexity: how well a model predicts a text. Lower is better; exp of the mean negative log probability of a token.
 //
-// Build: make            or:  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o perplexity examples/perplexity.cpp bnb.o models/*.cpp -pthread
+// Build: make     or  cc -O2 -c bnb.c
+//                && c++ -std=c++17 -O2 -o perplexity examples/perplexity.cpp models/*.cpp bnb.o -pthread
 // Use:   ./perplexity -m model.bnb -f text.txt
 // Not:   numbers of models with different tokenizers cannot be compared. No Kullback-Leibler divergence yet.
 //
-// Two ways to count. llama.cpp's (default): windows of n_ctx tokens, each evaluated on its own, of which the second half
-// is scored, so that every scored token has at least n_ctx / 2 tokens before it; what is left at the end is dropped.
+// Two ways to count. llama.cpp's (default): windows of n_ctx tokens, each evaluated on its own, of which the second
+// half is scored, so that every scored token has at least n_ctx / 2 tokens before it; a rest at the end is dropped.
 // --all: every token but the first of a window is scored, the short last window too, as in transformers with
 // stride = max_length.
 #include "cli.h"
@@ -32,10 +33,11 @@ cli::Program program(Options &o) {
                           {"--all", "", &o.all, "score all tokens of a window, not only its second half"},
                           cli::heading("Other")} +
                 o.common.rows(),
-            "The running value goes to stderr, the result to stdout. The error is the standard error of the mean over tokens.\n"};
+            "The running value goes to stderr, the result to stdout. The error is the standard error of the mean over "
+            "tokens.\n"};
 }
 
-// ---- -log p of each next token, by all threads ---------------------------------------------------------------------------
+// ---- -log p of each next token, by all threads --------------------------------------------------------------------
 
 struct Window {
     const float *logits;    // [n, n_vocab]
@@ -70,13 +72,14 @@ std::vector<int32_t> text_tokens(const Options &o, const bnb_model *model) {
     std::vector<int32_t> ids = cli::tokenize(model, cli::read_file(o.file), BNB_TOKENIZE_SPECIAL);
     const size_t needed = o.all ? 2 : 2 * size_t(o.n_ctx);
     if (ids.size() < needed)
-        cli::fail(cli::format("%s: %zu tokens are too few, at least %zu are needed%s", o.file.c_str(), ids.size(), needed,
-                              o.all ? "" : " (two windows): lower -c or give --all"));
+        cli::fail(cli::format("%s: %zu tokens are too few, at least %zu are needed%s", o.file.c_str(), ids.size(),
+                              needed, o.all ? "" : " (two windows): lower -c or give --all"));
     return ids;
 }
 
 // The tokens of window k. A model whose texts start with a certain token sees it first in every window.
-std::vector<int32_t> window_tokens(const std::vector<int32_t> &ids, int64_t k, int64_t n_ctx, const std::vector<int32_t> &start) {
+std::vector<int32_t> window_tokens(const std::vector<int32_t> &ids, int64_t k, int64_t n_ctx,
+                                   const std::vector<int32_t> &start) {
     const auto first = ids.begin() + k * n_ctx, last = std::min(first + n_ctx, ids.end());
     std::vector<int32_t> window(first, last);
     if (!start.empty() && !window.empty()) window[0] = start[0];
@@ -110,7 +113,8 @@ private:
     std::vector<float> logits;
 };
 
-Estimate score_text(const Options &o, bnb_env *env, bnb_model *model, const std::vector<int32_t> &ids, int64_t n_windows) {
+Estimate score_text(const Options &o, bnb_env *env, bnb_model *model, const std::vector<int32_t> &ids,
+                    int64_t n_windows) {
     const std::vector<int32_t> start = cli::tokenize(model, "", BNB_TOKENIZE_SPECIAL); // OPT: </s>; GPT-2: nothing
     Scorer scorer(o, env, model);
     Estimate sum;
@@ -138,9 +142,18 @@ int body(int argc, char **argv) {
     const double seconds = cli::now() - start;
     fprintf(stderr, "%lld tokens scored in %.2f s\n", static_cast<long long>(e.n), seconds);
     if (o.common.json)
-        cli::print(cli::Json().add("model", o.model.path).add("perplexity", e.ppl()).add("error", e.error()).add("n_scored", e.n)
-                       .add("n_tokens", n).add("n_ctx", o.n_ctx).add("all", o.all).add("seconds", seconds)
-                       .add("compute", bnb_model_compute(model.get())).text() + "\n");
+        cli::print(cli::Json()
+                       .add("model", o.model.path)
+                       .add("perplexity", e.ppl())
+                       .add("error", e.error())
+                       .add("n_scored", e.n)
+                       .add("n_tokens", n)
+                       .add("n_ctx", o.n_ctx)
+                       .add("all", o.all)
+                       .add("seconds", seconds)
+                       .add("compute", bnb_model_compute(model.get()))
+                       .text() +
+                   "\n");
     else cli::print(cli::format("Final estimate: PPL = %.4f +/- %.5f\n", e.ppl(), e.error()));
     return cli::DONE;
 }

@@ -1,5 +1,5 @@
 // bnb_writer.cpp: see bnb_writer.h. The size of the metadata is known before the hashes in it are, so the planes are
-// written first, each at its final place, and the metadata and the header last: a file that was cut short has no header.
+// written first, each at its final place, and the metadata and the header last: a file cut short has no header.
 #include "bnb_writer.h"
 
 #include <fcntl.h>
@@ -12,12 +12,12 @@
 #include <cstring>
 #include <system_error>
 
-#include "safetensors.h" // printable
+#include "safetensors.h" // failed, printable
 
 namespace bnb {
 
-// Planes of a page or more begin on a page, so that they can be mapped, locked and released alone. Smaller ones need only
-// their cache lines and would waste most of a page, so they stand closer; the header states what holds for all of them.
+// Planes of a page or more begin on a page, so that they can be mapped, locked and released alone. Smaller ones need
+// only their cache lines and would waste most of a page, so they stand closer; the header states what holds for all.
 constexpr uint64_t page_alignment = BNB_FILE_ALIGNMENT, small_alignment = 256;
 
 static uint64_t align_up(uint64_t n, uint64_t alignment) { return (n + alignment - 1) / alignment * alignment; }
@@ -44,15 +44,13 @@ static bnb_file_type describe(int32_t id, const bnb_quant &q) {
 // ---- creating and removing ------------------------------------------------------------------------------------------
 
 bool BnbWriter::fail(bnb_status code, bnb_error *err, const std::string &text) const {
-    bnb_fail(err, code, "%s: %s", printable_path(path_).c_str(), text.c_str());
-    return false;
+    return failed(err, code, "%s: %s", printable_path(path_).c_str(), text.c_str());
 }
 
 bool BnbWriter::fail_os(bnb_error *err, const char *verb) const {
-    int code = errno;
-    bnb_fail(err, BNB_E_IO, "%s cannot be %s: %s", printable_path(temporary_).c_str(), verb,
-             std::generic_category().message(code).c_str());
-    return false;
+    const int code = errno;
+    return failed(err, BNB_E_IO, "%s cannot be %s: %s", printable_path(temporary_).c_str(), verb,
+                  std::generic_category().message(code).c_str());
 }
 
 std::unique_ptr<BnbWriter> BnbWriter::create(const std::string &path, bnb_error *err) {
@@ -90,9 +88,13 @@ BnbWriter::Key &BnbWriter::new_key(const std::string &name, uint32_t kind) {
     return keys_.back();
 }
 
-void BnbWriter::add_key(const std::string &name, int64_t value) { new_key(name, BNB_KEY_I64).record.value = uint64_t(value); }
+void BnbWriter::add_key(const std::string &name, int64_t value) {
+    new_key(name, BNB_KEY_I64).record.value = uint64_t(value);
+}
 
-void BnbWriter::add_key(const std::string &name, double value) { memcpy(&new_key(name, BNB_KEY_F64).record.value, &value, 8); }
+void BnbWriter::add_key(const std::string &name, double value) {
+    memcpy(&new_key(name, BNB_KEY_F64).record.value, &value, 8);
+}
 
 void BnbWriter::add_key(const std::string &name, const std::string &value) {
     Key &k = new_key(name, BNB_KEY_STR);
@@ -106,9 +108,12 @@ void BnbWriter::add_key(const std::string &name, const std::vector<int64_t> &val
     k.record.count = values.size();
 }
 
-void BnbWriter::add_chunk(const char *tag, std::string payload) { chunks_.push_back({std::string(tag, 4), std::move(payload)}); }
+void BnbWriter::add_chunk(const char *tag, std::string payload) {
+    chunks_.push_back({std::string(tag, 4), std::move(payload)});
+}
 
-void BnbWriter::add_tensor(const std::string &name, int32_t type, const bnb_quant *quant, const std::vector<int64_t> &shape) {
+void BnbWriter::add_tensor(const std::string &name, int32_t type, const bnb_quant *quant,
+                           const std::vector<int64_t> &shape) {
     tensors_.push_back({name, shape, quant ? *quant : bnb_quant_default(type), type, {}});
 }
 
@@ -145,7 +150,8 @@ std::string BnbWriter::metadata() {
     std::vector<Tensor *> sorted;
     for (Tensor &t : tensors_) sorted.push_back(&t);
     std::sort(sorted.begin(), sorted.end(), [](const Tensor *a, const Tensor *b) {
-        return a->record.name_hash != b->record.name_hash ? a->record.name_hash < b->record.name_hash : a->name < b->name;
+        return a->record.name_hash != b->record.name_hash ? a->record.name_hash < b->record.name_hash
+                                                          : a->name < b->name;
     });
     for (Tensor *t : sorted) {
         t->record.name_offset = uint32_t(intern(t->name));
@@ -172,7 +178,9 @@ bool BnbWriter::check_names(bnb_error *err) const {
         tensors.push_back(t.name);
         bytes += t.name.size() + 8;
         if (t.name.empty() || t.name.size() >= BNB_MAX_NAME || t.name.find('\0') != std::string::npos)
-            return fail(BNB_E_LIMIT, err, "'" + printable(t.name) + "' cannot be a tensor's name: it is empty, has a NUL or more than 95 bytes");
+            return fail(BNB_E_LIMIT, err,
+                        "'" + printable(t.name) +
+                            "' cannot be a tensor's name: it is empty, has a NUL or more than 95 bytes");
     }
     for (std::vector<std::string> *names : {&keys, &tensors}) {
         std::sort(names->begin(), names->end());
@@ -186,15 +194,19 @@ bool BnbWriter::check_names(bnb_error *err) const {
 // Gives a tensor its place after what has been placed so far, [0, file_bytes_).
 bool BnbWriter::place(Tensor *t, bnb_error *err) {
     if (t->shape.empty() || t->shape.size() > BNB_MAX_DIMS)
-        return fail(BNB_E_SHAPE, err, "'" + printable(t->name) + "' of shape " + shape_text(t->shape) + " does not have 1 to 4 dimensions");
+        return fail(BNB_E_SHAPE, err,
+                    "'" + printable(t->name) + "' of shape " + shape_text(t->shape) +
+                        " does not have 1 to 4 dimensions");
     std::fill(t->record.shape, t->record.shape + BNB_MAX_DIMS, 1);
     std::copy(t->shape.begin(), t->shape.end(), t->record.shape);
     for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
         uint64_t bytes = bnb_plane_bytes(t->id, &t->quant, int32_t(t->shape.size()), t->shape.data(), p);
         if (bytes > uint64_t(INT64_MAX) - file_bytes_ - page_alignment)
-            return fail(BNB_E_SHAPE, err, "'" + printable(t->name) + "' of shape " + shape_text(t->shape) + " cannot be stored");
+            return fail(BNB_E_SHAPE, err,
+                        "'" + printable(t->name) + "' of shape " + shape_text(t->shape) + " cannot be stored");
         if (bytes == 0 && p > 0) continue; // the type has no such plane
-        t->record.planes[p].offset = bytes ? align_up(file_bytes_, bytes >= page_alignment ? page_alignment : small_alignment) : file_bytes_;
+        t->record.planes[p].offset =
+            bytes ? align_up(file_bytes_, bytes >= page_alignment ? page_alignment : small_alignment) : file_bytes_;
         t->record.planes[p].bytes = bytes;
         file_bytes_ = t->record.planes[p].offset + bytes;
     }
@@ -207,7 +219,8 @@ bool BnbWriter::freeze(bnb_error *err) {
     if (!check_names(err)) return false;
     for (Tensor &t : tensors_) {
         bnb_file_type type = describe(t.id, t.quant);
-        auto same = std::find_if(types_.begin(), types_.end(), [&](const bnb_file_type &x) { return memcmp(&x, &type, sizeof x) == 0; });
+        auto same = std::find_if(types_.begin(), types_.end(),
+                                 [&](const bnb_file_type &x) { return memcmp(&x, &type, sizeof x) == 0; });
         t.record.type = uint32_t(same - types_.begin());
         if (same == types_.end()) types_.push_back(type);
         t.record.n_dims = uint32_t(t.shape.size());
@@ -224,7 +237,8 @@ bool BnbWriter::freeze(bnb_error *err) {
     for (Tensor &t : tensors_)
         if (!place(&t, err)) return false;
     header_.file_bytes = file_bytes_;
-    if (ftruncate(fd_, off_t(file_bytes_)) != 0) return fail_os(err, "extended to its size"); // the gaps are zeros from here on
+    if (ftruncate(fd_, off_t(file_bytes_)) != 0)
+        return fail_os(err, "extended to its size"); // the gaps are zeros from here on
     frozen_ = true;
     return true;
 }
@@ -254,8 +268,11 @@ bool BnbWriter::write_tensor(const bnb_tensor *t, bnb_error *err) {
     const std::vector<int64_t> shape(bnb_tensor_shape(t), bnb_tensor_shape(t) + bnb_tensor_n_dims(t));
     bnb_file_type type = describe(bnb_tensor_type(t), *bnb_tensor_quant(t));
     if (to.name != bnb_tensor_name(t) || to.shape != shape || memcmp(&type, &types_[to.record.type], sizeof type) != 0)
-        return fail(BNB_E_ARG, err, "'" + printable(bnb_tensor_name(t)) + "' is written where '" + printable(to.name) + "' was added, or with another type or shape");
-    if (bnb_type_bits(to.id) == 4 && to.quant.double_quant) to.record.nested_offset = bnb_tensor_quant(t)->nested_offset;
+        return fail(BNB_E_ARG, err,
+                    "'" + printable(bnb_tensor_name(t)) + "' is written where '" + printable(to.name) +
+                        "' was added, or with another type or shape");
+    if (bnb_type_bits(to.id) == 4 && to.quant.double_quant)
+        to.record.nested_offset = bnb_tensor_quant(t)->nested_offset;
     for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
         bnb_file_plane &plane = to.record.planes[p];
         if (plane.bytes == 0) continue;
@@ -280,7 +297,8 @@ static void sync_directory(const std::string &path) {
 
 bool BnbWriter::finish(bnb_error *err) {
     if (!freeze(err)) return false;
-    if (n_written_ != tensors_.size()) return fail(BNB_E_ARG, err, "'" + printable(tensors_[n_written_].name) + "' was added but not written");
+    if (n_written_ != tensors_.size())
+        return fail(BNB_E_ARG, err, "'" + printable(tensors_[n_written_].name) + "' was added but not written");
     const std::string data = metadata();
     header_.hash = bnb_hash64(data.data(), data.size(), bnb_hash64(&header_, 56, 0));
     if (fsync(fd_) != 0) return fail_os(err, "written to the disk");

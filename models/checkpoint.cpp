@@ -1,7 +1,7 @@
 // checkpoint.cpp: Hugging Face checkpoints into models and .bnb files.
 //
-// Both ways make one plan, a list that says of every tensor of the network which tensor of the source it is made from and
-// what it becomes, and both fill their tensors with one function, produce(). See checkpoint.h and load_policy.h.
+// Both ways make one plan, a list that says of every tensor of the network which tensor of the source it is made from
+// and what it becomes, and both fill their tensors with one function, produce(). See checkpoint.h and load_policy.h.
 #include "checkpoint.h"
 
 #include <chrono>
@@ -43,7 +43,7 @@ bool is_bnb_file(const std::string &path) {
     char magic[4] = {};
     size_t n = f ? fread(magic, 1, 4, f) : 0;
     if (f) fclose(f);
-    return n == 4 && memcmp(magic, BNB_FILE_MAGIC, 4) == 0; // the rest may be damaged: the reader of .bnb files says how
+    return n == 4 && memcmp(magic, BNB_FILE_MAGIC, 4) == 0; // where the rest is damaged, the reader of .bnb says how
 }
 
 bool open_bnb(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
@@ -103,6 +103,10 @@ struct PlanItem {
     Target target;
 };
 
+uint64_t source_bytes(const PlanItem &item) {
+    return item.source->tensor ? bnb_tensor_bytes(item.source->tensor) : item.source->bytes;
+}
+
 struct ConversionPlan {
     Config config;
     std::vector<PlanItem> items; // in the order of the result
@@ -125,9 +129,8 @@ bool bind_names(const Origin &o, Bound *bound, bnb_error *err) {
         if (ends_with_any(name, o.hf.arch->ignored)) continue;
         auto added = bound->emplace(name, &t);
         if (added.second) continue;
-        bnb_fail(err, BNB_E_FORMAT, "%s: '%s' and '%s' are both '%s'", o.name.c_str(), printable(added.first->second->name).c_str(),
-                 printable(t.name).c_str(), printable(name).c_str());
-        return false;
+        return failed(err, BNB_E_FORMAT, "%s: '%s' and '%s' are both '%s'", o.name.c_str(),
+                      printable(added.first->second->name).c_str(), printable(t.name).c_str(), printable(name).c_str());
     }
     return true;
 }
@@ -136,23 +139,27 @@ bool same_contents(const SourceTensor &a, const SourceTensor &b) {
     return a.type == b.type && a.shape == b.shape && a.bytes == b.bytes && memcmp(a.data, b.data, a.bytes) == 0;
 }
 
-// Decides whether the head is the token embedding. A head in the checkpoint is used, whatever the flag says (transformers
-// 5), except where it is the embedding once more; where only one of the two is there and they are tied, it is both.
+// Decides whether the head is the token embedding. A head in the checkpoint is used, whatever the flag says (as in
+// transformers 5), except where it is the embedding once more; where they are tied and only one is there, it is both.
 void resolve_head(bnb_env *env, const Origin &o, Config *config, Bound *bound) {
     Config untied = *config;
     untied.tied = false;
     const std::vector<TensorInfo> infos = o.hf.arch->tensors(untied);
     auto head = std::find_if(infos.begin(), infos.end(), [](const TensorInfo &t) { return t.role == Role::Head; });
     if (head == infos.end()) return;
-    auto table = std::find_if(infos.begin(), infos.end(), [&](const TensorInfo &t) { return t.role == Role::Embedding && t.shape == head->shape; });
+    auto table = std::find_if(infos.begin(), infos.end(),
+                              [&](const TensorInfo &t) { return t.role == Role::Embedding && t.shape == head->shape; });
     if (table == infos.end()) return;
-    auto find = [&](const std::string &name) { auto it = bound->find(name); return it == bound->end() ? nullptr : it->second; };
+    auto find = [&](const std::string &name) {
+        auto it = bound->find(name);
+        return it == bound->end() ? nullptr : it->second;
+    };
     const SourceTensor *h = find(head->name), *e = find(table->name);
     const bool differ = h && e && !same_contents(*h, *e);
     if (!o.hf.tied_known) config->tied = !h || (e && !differ);
     if (config->tied && differ) {
-        bnb_log(env, BNB_LOG_WARN, "%s: the configuration ties '%s' to '%s', but they differ: each is used", o.name.c_str(),
-                head->name.c_str(), table->name.c_str());
+        bnb_log(env, BNB_LOG_WARN, "%s: the configuration ties '%s' to '%s', but they differ: each is used",
+                o.name.c_str(), head->name.c_str(), table->name.c_str());
         config->tied = false;
     }
     if (!config->tied) return;
@@ -162,22 +169,22 @@ void resolve_head(bnb_env *env, const Origin &o, Config *config, Bound *bound) {
 
 std::vector<int64_t> reversed(const std::vector<int64_t> &shape) { return {shape.rbegin(), shape.rend()}; }
 
-// Whether the matrices that may be are stored [in, out]: nothing says so but the shapes of those that are not square, and
-// those must agree. A square one tells nothing by itself, and a wrong guess would run and produce nonsense.
-bool find_layout(const Origin &o, const std::vector<TensorInfo> &infos, const Bound &bound, bool *transposed, bnb_error *err) {
+// Whether the matrices that may be are stored [in, out]: nothing says so but the shapes of those that are not square,
+// and those must agree. A square one tells nothing by itself, and a wrong guess would run and produce nonsense.
+bool find_layout(const Origin &o, const std::vector<TensorInfo> &infos, const Bound &bound, bool *transposed,
+                 bnb_error *err) {
     const SourceTensor *decided = nullptr;
     *transposed = false;
     for (const TensorInfo &info : infos) {
         auto it = bound.find(info.name);
-        if (!o.hf.arch->may_be_transposed(info.name) || it == bound.end() || info.shape == reversed(info.shape)) continue;
+        if (!o.hf.arch->may_be_transposed(info.name) || it == bound.end() || info.shape == reversed(info.shape))
+            continue;
         bool in_out = it->second->shape == reversed(info.shape);
         if (!in_out && it->second->shape != info.shape) continue; // the check of shapes says more about it
-        if (decided && in_out != *transposed) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' is stored [%s] but '%s' is stored [%s]: the layers do not agree", o.name.c_str(),
-                     printable(decided->name).c_str(), *transposed ? "in, out" : "out, in", printable(it->second->name).c_str(),
-                     in_out ? "in, out" : "out, in");
-            return false;
-        }
+        if (decided && in_out != *transposed)
+            return failed(err, BNB_E_FORMAT, "%s: '%s' is stored [%s] but '%s' is stored [%s]: the layers do not agree",
+                          o.name.c_str(), printable(decided->name).c_str(), *transposed ? "in, out" : "out, in",
+                          printable(it->second->name).c_str(), in_out ? "in, out" : "out, in");
         decided = it->second;
         *transposed = in_out;
     }
@@ -192,42 +199,40 @@ bool check_missing(const Origin &o, const std::vector<TensorInfo> &infos, const 
         if (n++ == 0) first = &info;
     }
     if (n == 0) return true;
-    bnb_fail(err, BNB_E_FORMAT, "%s lacks %zu of the %zu tensors of the network, the first is '%s' of shape %s", o.name.c_str(), n,
-             infos.size(), first->name.c_str(), shape_text(first->shape).c_str());
-    return false;
+    return failed(err, BNB_E_FORMAT, "%s lacks %zu of the %zu tensors of the network, the first is '%s' of shape %s",
+                  o.name.c_str(), n, infos.size(), first->name.c_str(), shape_text(first->shape).c_str());
 }
 
-// Names every tensor that the network has no place for. Cross-attention is not ballast: without it the model is another.
-bool report_unused(bnb_env *env, const Origin &o, const Bound &bound, const std::vector<PlanItem> &items, bnb_error *err) {
+// Names every tensor that the network has no place for. Cross-attention is no ballast: without it the model is another.
+bool report_unused(bnb_env *env, const Origin &o, const Bound &bound, const std::vector<PlanItem> &items,
+                   bnb_error *err) {
     std::unordered_set<const SourceTensor *> used;
     for (const PlanItem &item : items) used.insert(item.source);
     size_t n = 0;
     for (const SourceTensor &t : o.tensors) { // in the order of the file, so that the log is the same each time
         auto it = bound.find(canonical_name(*o.hf.arch, t.name));
         if (it == bound.end() || it->second != &t || used.count(&t)) continue;
-        if (t.name.find("crossattention") != std::string::npos || t.name.find("cross_attn") != std::string::npos) {
-            bnb_fail(err, BNB_E_UNSUPPORTED, "%s: '%s' belongs to cross-attention, which is not offered", o.name.c_str(), printable(t.name).c_str());
-            return false;
-        }
+        if (t.name.find("crossattention") != std::string::npos || t.name.find("cross_attn") != std::string::npos)
+            return failed(err, BNB_E_UNSUPPORTED, "%s: '%s' belongs to cross-attention, which is not offered",
+                          o.name.c_str(), printable(t.name).c_str());
         if (n++ < max_warnings)
-            bnb_log(env, BNB_LOG_WARN, "%s: '%s' of shape %s is not used by %s", o.name.c_str(), printable(t.name).c_str(),
-                    shape_text(t.shape).c_str(), o.hf.arch->name);
+            bnb_log(env, BNB_LOG_WARN, "%s: '%s' of shape %s is not used by %s", o.name.c_str(),
+                    printable(t.name).c_str(), shape_text(t.shape).c_str(), o.hf.arch->name);
     }
-    if (n > max_warnings) bnb_log(env, BNB_LOG_WARN, "%s: %zu more tensors are not used", o.name.c_str(), n - max_warnings);
+    if (n > max_warnings)
+        bnb_log(env, BNB_LOG_WARN, "%s: %zu more tensors are not used", o.name.c_str(), n - max_warnings);
     return true;
 }
 
 bool check_item(const Origin &o, const PlanItem &item, bnb_error *err) {
     const SourceTensor &s = *item.source;
     const std::vector<int64_t> expected = item.transpose ? reversed(item.info.shape) : item.info.shape;
-    if (s.shape != expected) {
-        bnb_fail(err, BNB_E_SHAPE, "%s: '%s' has the shape %s, but the configuration asks for %s", o.name.c_str(), printable(s.name).c_str(),
-                 shape_text(s.shape).c_str(), shape_text(expected).c_str());
-        return false;
-    }
+    if (s.shape != expected)
+        return failed(err, BNB_E_SHAPE, "%s: '%s' has the shape %s, but the configuration asks for %s", o.name.c_str(),
+                      printable(s.name).c_str(), shape_text(s.shape).c_str(), shape_text(expected).c_str());
     if (is_plain_float(s.type) || bnb_type_is_quantized(s.type)) return true;
-    bnb_fail(err, BNB_E_TYPE, "%s: '%s' has the dtype %s, but weights are F32, F16 or BF16", o.name.c_str(), printable(s.name).c_str(), s.dtype.c_str());
-    return false;
+    return failed(err, BNB_E_TYPE, "%s: '%s' has the dtype %s, but weights are F32, F16 or BF16", o.name.c_str(),
+                  printable(s.name).c_str(), s.dtype.c_str());
 }
 
 bool make_plan(bnb_env *env, const Origin &o, const LoadPolicy &policy, ConversionPlan *plan, bnb_error *err) {
@@ -245,7 +250,7 @@ bool make_plan(bnb_env *env, const Origin &o, const LoadPolicy &policy, Conversi
         PlanItem item = {info, s, transposed && o.hf.arch->may_be_transposed(info.name), {}};
         if (!check_item(o, item, err)) return false;
         item.target = policy.target(info, s->type, s->tensor ? bnb_tensor_quant(s->tensor) : nullptr);
-        plan->bytes_in += s->tensor ? bnb_tensor_bytes(s->tensor) : s->bytes;
+        plan->bytes_in += source_bytes(item);
         plan->items.push_back(std::move(item));
     }
     return report_unused(env, o, bound, plan->items, err);
@@ -268,24 +273,27 @@ constexpr int64_t cast_chunk = 1 << 16;
 void cast_part(void *arg, int64_t i) {
     const CastJob &j = *static_cast<const CastJob *>(arg);
     const int64_t first = i * cast_chunk, n = std::min(cast_chunk, j.n - first);
-    (void)bnb_convert(j.src_type, j.src + size_t(first) * j.src_size, j.dst_type, j.dst + size_t(first) * j.dst_size, n, nullptr);
+    (void)bnb_convert(j.src_type, j.src + size_t(first) * j.src_size, j.dst_type, j.dst + size_t(first) * j.dst_size, n,
+                      nullptr);
 }
 
-// A band of rows of dst is a band of columns of src: short runs of those are gathered in a tile that stays in the cache.
-constexpr int64_t band_rows = 16, tile_columns = 256;
+// A band of rows of dst is a band of columns of src, [columns, rows]: short runs of it are gathered in a tile that fits
+// the cache. T: an unsigned integer of the source's size.
+constexpr int64_t band_rows = 32, tile_columns = 128;
 
-void transpose_part(void *arg, int64_t i) {
+template <class T> void transpose_part(void *arg, int64_t i) {
     const CastJob &j = *static_cast<const CastJob *>(arg);
     const int64_t first = i * band_rows, rows = std::min(band_rows, j.n - first);
-    alignas(64) uint8_t tile[band_rows * tile_columns * 4]; // [rows, tile_columns] of src_size bytes
+    T tile[band_rows][tile_columns], run[band_rows];
     for (int64_t c0 = 0; c0 < j.columns; c0 += tile_columns) {
         const int64_t columns = std::min(tile_columns, j.columns - c0);
         for (int64_t c = 0; c < columns; c++) {
-            const uint8_t *from = j.src + size_t((c0 + c) * j.n + first) * j.src_size; // [columns of dst, rows of dst]
-            for (int64_t r = 0; r < rows; r++) memcpy(tile + size_t(r * tile_columns + c) * j.src_size, from + size_t(r) * j.src_size, j.src_size);
+            memcpy(run, j.src + size_t((c0 + c) * j.n + first) * sizeof(T),
+                   size_t(rows) * sizeof(T)); // may be unaligned
+            for (int64_t r = 0; r < rows; r++) tile[r][c] = run[r];
         }
         for (int64_t r = 0; r < rows; r++)
-            (void)bnb_convert(j.src_type, tile + size_t(r * tile_columns) * j.src_size, j.dst_type,
+            (void)bnb_convert(j.src_type, tile[r], j.dst_type,
                               j.dst + size_t((first + r) * j.columns + c0) * j.dst_size, columns, nullptr);
     }
 }
@@ -295,12 +303,19 @@ bool fill_values(bnb_env *env, const PlanItem &item, bnb_tensor *dst, bnb_error 
     const SourceTensor &s = *item.source;
     if (bnb_type_is_quantized(s.type)) return bnb_dequantize(env, s.tensor, dst, err) == BNB_OK;
     const int32_t type = bnb_tensor_type(dst);
-    CastJob job = {static_cast<const uint8_t *>(s.data), static_cast<uint8_t *>(bnb_tensor_plane(dst, 0)), s.type, type,
-                   size_t(bnb_type_bits(s.type) / 8), size_t(bnb_type_bits(type) / 8), bnb_tensor_elements(dst), 0};
+    CastJob job = {static_cast<const uint8_t *>(s.data),
+                   static_cast<uint8_t *>(bnb_tensor_plane(dst, 0)),
+                   s.type,
+                   type,
+                   size_t(bnb_type_bits(s.type) / 8),
+                   size_t(bnb_type_bits(type) / 8),
+                   bnb_tensor_elements(dst),
+                   0};
     if (item.transpose) {
         job.n = item.info.shape[0];
         job.columns = item.info.shape[1];
-        bnb_parallel(env, (job.n + band_rows - 1) / band_rows, transpose_part, &job);
+        bnb_parallel(env, (job.n + band_rows - 1) / band_rows,
+                     job.src_size == 2 ? transpose_part<uint16_t> : transpose_part<uint32_t>, &job);
     } else {
         bnb_parallel(env, (job.n + cast_chunk - 1) / cast_chunk, cast_part, &job);
     }
@@ -313,9 +328,9 @@ bool check_finite(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, 
     const bnb_status status = bnb_tensor_check_finite(env, t, &why);
     if (status == BNB_OK) return true;
     const bool changed = bnb_tensor_type(t) != item.source->type;
-    bnb_fail(err, status, "%s%s%s%s", why.msg, changed ? " as " : "", changed ? bnb_type_name(bnb_tensor_type(t)) : "",
-             changed ? (", stored as " + item.source->dtype).c_str() : "");
-    return false;
+    return failed(err, status, "%s%s%s%s", why.msg, changed ? " as " : "",
+                  changed ? bnb_type_name(bnb_tensor_type(t)) : "",
+                  changed ? (", stored as " + item.source->dtype).c_str() : "");
 }
 
 void copy_planes(const bnb_tensor *from, bnb_tensor *to) {
@@ -339,7 +354,8 @@ bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item,
     } else if (!scratch->alloc(err) || !fill_values(env, item, values, err)) {
         return false;
     }
-    return check_finite(env, policy, item, values, err) && bnb_quantize(env, values, dst, policy.params().compat, err) == BNB_OK &&
+    return check_finite(env, policy, item, values, err) &&
+           bnb_quantize(env, values, dst, policy.params().compat, err) == BNB_OK &&
            check_finite(env, policy, item, dst, err); // int8 rounds to f16 first, which may overflow
 }
 
@@ -360,16 +376,13 @@ bool produce(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_t
 
 bool report_progress(bnb_env *env, const char *phase, const ConversionPlan &plan, uint64_t done, bnb_error *err) {
     if (bnb_progress(env, phase, plan.bytes_in ? double(done) / double(plan.bytes_in) : 1)) return true;
-    bnb_fail(err, BNB_E_CANCELLED, "cancelled");
-    return false;
+    return failed(err, BNB_E_CANCELLED, "it was cancelled before the end");
 }
-
-uint64_t source_bytes(const PlanItem &item) { return item.source->tensor ? bnb_tensor_bytes(item.source->tensor) : item.source->bytes; }
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params,
-                           bnb_error *err) {
+bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load_params *load,
+                           const bnb_model_params *params, bnb_error *err) {
     Origin origin;
     ConversionPlan plan;
     ModelSource model;
@@ -382,7 +395,8 @@ bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load
     if (has_tokenizer && !(model.tokenizer = Tokenizer::create(std::move(tokenizer), err))) return nullptr;
     std::shared_ptr<TensorStore> store = TensorStore::create(env, err);
     if (!store) return nullptr;
-    for (const PlanItem &item : plan.items) store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+    for (const PlanItem &item : plan.items)
+        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
     if (!store->status(err) || !store->alloc(err)) return nullptr;
     uint64_t done = 0;
     for (size_t i = 0; i < plan.items.size(); i++) {
@@ -397,7 +411,8 @@ bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load
 }
 
 // A .bnb is mapped as it is. What it is asked to be can only be checked.
-bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params, bnb_error *err) {
+bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params,
+                    bnb_error *err) {
     bnb_model *model = bnb_model_open(env, path.c_str(), params, err);
     const int32_t wanted = params_read(load, bnb_load_params_default).type;
     bnb_model_info info = {};
@@ -407,8 +422,10 @@ bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params
     const char *stored = bnb_type_name(info.linear_type), *type = bnb_type_name(wanted);
     const std::string shown = printable_path(path);
     bnb_model_free(model);
-    bnb_fail(err, BNB_E_UNSUPPORTED, "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
-             shown.c_str(), stored, type ? type : "another type", shown.c_str(), type ? type : "TYPE");
+    bnb_fail(
+        err, BNB_E_UNSUPPORTED,
+        "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
+        shown.c_str(), stored, type ? type : "another type", shown.c_str(), type ? type : "TYPE");
     return nullptr;
 }
 
@@ -423,12 +440,13 @@ bool write_metadata(const Origin &origin, const ConversionPlan &plan, BnbWriter 
     TokenizerData tokenizer;
     if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return false;
     if (has_tokenizer) w->add_chunk("tokn", serialize(tokenizer));
-    for (const PlanItem &item : plan.items) w->add_tensor(item.info.name, item.target.type, &item.target.quant, item.info.shape);
+    for (const PlanItem &item : plan.items)
+        w->add_tensor(item.info.name, item.target.type, &item.target.quant, item.info.shape);
     return true;
 }
 
-bool convert(bnb_env *env, const std::string &src, const std::string &dst, const bnb_load_params *load, bnb_convert_result *result,
-             bnb_error *err) {
+bool convert(bnb_env *env, const std::string &src, const std::string &dst, const bnb_load_params *load,
+             bnb_convert_result *result, bnb_error *err) {
     Origin origin;
     ConversionPlan plan;
     if (!open_origin(env, src, &origin, err)) return false;
@@ -442,7 +460,8 @@ bool convert(bnb_env *env, const std::string &src, const std::string &dst, const
         if (!store) return false;
         store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
         if (!store->status(err) || !store->alloc(err)) return false;
-        if (!produce(env, *policy, item, store->tensors()[0], err) || !writer->write_tensor(store->tensors()[0], err)) return false;
+        if (!produce(env, *policy, item, store->tensors()[0], err) || !writer->write_tensor(store->tensors()[0], err))
+            return false;
         done += source_bytes(item);
         result->n_quantized += bnb_type_is_quantized(item.target.type);
         if (!report_progress(env, "quantize", plan, done, err)) return false;
@@ -471,13 +490,16 @@ void bnb_load_params_default(bnb_load_params *p, uint32_t struct_size) {
     params_write(p, struct_size, d);
 }
 
-bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params, bnb_error *err) {
-    return guarded(err, static_cast<bnb_model *>(nullptr),
-                   [&] { return is_bnb_file(path) ? load_bnb(env, path, load, params, err) : load_checkpoint(env, path, load, params, err); });
+bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params,
+                          bnb_error *err) {
+    return guarded(err, static_cast<bnb_model *>(nullptr), [&] {
+        return is_bnb_file(path) ? load_bnb(env, path, load, params, err)
+                                 : load_checkpoint(env, path, load, params, err);
+    });
 }
 
-bnb_status bnb_convert_checkpoint(bnb_env *env, const char *src, const char *dst, const bnb_load_params *load, bnb_convert_result *result,
-                                  bnb_error *err) {
+bnb_status bnb_convert_checkpoint(bnb_env *env, const char *src, const char *dst, const bnb_load_params *load,
+                                  bnb_convert_result *result, bnb_error *err) {
     const auto start = std::chrono::steady_clock::now();
     bnb_convert_result r = {};
     bnb_error why = {};

@@ -31,7 +31,8 @@ static const Arch *arch_by_tensors(const std::vector<SourceTensor> &tensors) {
     for (const Arch *const *a = arch_list(); *a; a++) {
         const std::string end = (*a)->signature;
         for (const SourceTensor &t : tensors)
-            if (t.name.size() >= end.size() && t.name.compare(t.name.size() - end.size(), end.size(), end) == 0) return *a;
+            if (t.name.size() >= end.size() && t.name.compare(t.name.size() - end.size(), end.size(), end) == 0)
+                return *a;
     }
     return nullptr;
 }
@@ -40,7 +41,8 @@ static const Arch *arch_by_tensors(const std::vector<SourceTensor> &tensors) {
 
 // Sets a field from a value; otherwise says what the value should have been. A null leaves the field as it is.
 static const char *assign(int64_t &field, const json &v) {
-    if (!v.is_number_integer() || (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX))) return "a whole number";
+    if (!v.is_number_integer() || (v.is_number_unsigned() && v.get<uint64_t>() > uint64_t(INT64_MAX)))
+        return "a whole number";
     field = v.get<int64_t>();
     return nullptr;
 }
@@ -88,16 +90,20 @@ static bool read_keys(const json &object, const HfKey *keys, const std::string &
             if constexpr (std::is_same_v<decltype(field), bool &>) field = field != negated;
         });
         if (!expected) continue;
-        bnb_fail(err, BNB_E_FORMAT, "%s: '%s' is not %s", printable_path(path).c_str(), key->hf, expected);
-        return false;
+        return failed(err, BNB_E_FORMAT, "%s: '%s' is not %s", printable_path(path).c_str(), key->hf, expected);
     }
     return true;
 }
 
 // Keys that all architectures share. generation_config.json is read last, so it decides.
-static const HfKey token_keys[] = {{"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "pad"}, {nullptr, nullptr}};
+static const HfKey token_keys[] = {
+    {"bos_token_id", "bos"}, {"eos_token_id", "eos"}, {"pad_token_id", "pad"}, {nullptr, nullptr}};
 static const HfKey sampling_keys[] = {
-    {"temperature", "temperature"}, {"top_p", "top_p"}, {"top_k", "top_k"}, {"repetition_penalty", "repetition_penalty"}, {nullptr, nullptr},
+    {"temperature", "temperature"},
+    {"top_p", "top_p"},
+    {"top_k", "top_k"},
+    {"repetition_penalty", "repetition_penalty"},
+    {nullptr, nullptr},
 };
 
 // ---- config.json ----------------------------------------------------------------------------------------------------
@@ -123,37 +129,32 @@ static std::string quant_method(const json &config) {
 
 static bool refuse(const json &config, const std::string &path, bnb_error *err) {
     const std::string shown = printable_path(path), method = quant_method(config);
-    if (!method.empty()) {
-        bnb_fail(err, BNB_E_UNSUPPORTED, "%s: the weights are already quantized (%s), which is not read yet: start from their unquantized form",
-                 shown.c_str(), printable(method).c_str());
-        return false;
-    }
-    if (is_true(config, "add_cross_attention")) {
-        bnb_fail(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
-        return false;
-    }
+    if (!method.empty())
+        return failed(
+            err, BNB_E_UNSUPPORTED,
+            "%s: the weights are already quantized (%s), which is not read yet: start from their unquantized form",
+            shown.c_str(), printable(method).c_str());
+    if (is_true(config, "add_cross_attention"))
+        return failed(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
     return true;
 }
 
-static bool read_config_json(const std::string &path, const std::vector<SourceTensor> &tensors, HfConfig *out, bnb_error *err) {
+static bool read_config_json(const std::string &path, const std::vector<SourceTensor> &tensors, HfConfig *out,
+                             bnb_error *err) {
     const std::string shown = printable_path(path);
     json config;
     if (!json_read(path, &config, err)) return false;
-    if (!config.is_object()) {
-        bnb_fail(err, BNB_E_FORMAT, "%s is not a JSON object", shown.c_str());
-        return false;
-    }
+    if (!config.is_object()) return failed(err, BNB_E_FORMAT, "%s is not a JSON object", shown.c_str());
     if (!refuse(config, path, err)) return false;
     const std::string type = string_or_empty(config, "model_type");
     out->arch = type.empty() ? arch_by_tensors(tensors) : arch_find(type);
-    if (!out->arch) {
-        bnb_fail(err, BNB_E_UNSUPPORTED, "%s: the model_type '%s' is not one of those that run here: %s", shown.c_str(),
-                 printable(type).c_str(), arch_names().c_str());
-        return false;
-    }
+    if (!out->arch)
+        return failed(err, BNB_E_UNSUPPORTED, "%s: the model_type '%s' is not one of those that run here: %s",
+                      shown.c_str(), printable(type).c_str(), arch_names().c_str());
     out->config.arch = out->arch->name;
     out->arch->defaults(out->config);
-    return read_keys(config, out->arch->hf_keys, path, &out->config, err) && read_keys(config, token_keys, path, &out->config, err) &&
+    return read_keys(config, out->arch->hf_keys, path, &out->config, err) &&
+           read_keys(config, token_keys, path, &out->config, err) &&
            read_keys(config, sampling_keys, path, &out->config, err); // old models have these here
 }
 
@@ -161,11 +162,10 @@ static bool read_generation_config(const std::string &path, Config *config, bnb_
     if (!exists(path)) return true;
     json generation;
     if (!json_read(path, &generation, err)) return false;
-    if (!generation.is_object()) {
-        bnb_fail(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
-        return false;
-    }
-    return read_keys(generation, token_keys, path, config, err) && read_keys(generation, sampling_keys, path, config, err);
+    if (!generation.is_object())
+        return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
+    return read_keys(generation, token_keys, path, config, err) &&
+           read_keys(generation, sampling_keys, path, config, err);
 }
 
 // ---- without config.json --------------------------------------------------------------------------------------------
@@ -207,28 +207,29 @@ int64_t layer_number(const std::string &name, const std::string &prefix) {
 // The number of heads stands in no shape: it is known for the models that have a name, and guessed for others.
 bool find_heads(bnb_env *env, const Arch &arch, Config *c, bnb_error *err) {
     for (const Preset *p = arch.presets; p->name; p++) {
-        if (p->n_layer != c->n_layer || p->n_embd != c->n_embd || (p->n_embd_word ? p->n_embd_word : p->n_embd) != c->n_embd_word) continue;
+        if (p->n_layer != c->n_layer || p->n_embd != c->n_embd ||
+            (p->n_embd_word ? p->n_embd_word : p->n_embd) != c->n_embd_word)
+            continue;
         c->n_head = p->n_head;
         c->norm_before = p->norm_before;
         return true;
     }
-    if (c->n_embd % 64 != 0) {
-        bnb_fail(err, BNB_E_FORMAT, "there is no config.json, and the number of heads cannot be guessed for a width of %lld",
-                 static_cast<long long>(c->n_embd));
-        return false;
-    }
+    if (c->n_embd % 64 != 0)
+        return failed(err, BNB_E_FORMAT,
+                      "there is no config.json, and the number of heads cannot be guessed for a width of %lld",
+                      static_cast<long long>(c->n_embd));
     c->n_head = c->n_embd / 64;
-    bnb_log(env, BNB_LOG_WARN, "there is no config.json: %lld heads of 64 are assumed, which may be wrong", static_cast<long long>(c->n_head));
+    bnb_log(env, BNB_LOG_WARN, "there is no config.json: %lld heads of 64 are assumed, which may be wrong",
+            static_cast<long long>(c->n_head));
     return true;
 }
 
 bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
     const std::string shown = printable_path(checkpoint.directory());
     out->arch = arch_by_tensors(checkpoint.tensors());
-    if (!out->arch) {
-        bnb_fail(err, BNB_E_UNSUPPORTED, "%s has no config.json, and the tensors' names are those of none of %s", shown.c_str(), arch_names().c_str());
-        return false;
-    }
+    if (!out->arch)
+        return failed(err, BNB_E_UNSUPPORTED, "%s has no config.json, and the tensors' names are those of none of %s",
+                      shown.c_str(), arch_names().c_str());
     Config &c = out->config;
     c.arch = out->arch->name;
     out->arch->defaults(c);
@@ -242,29 +243,35 @@ bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bn
         if (name == names.positions) positions = &t;
         c.n_layer = std::max(c.n_layer, layer_number(name, names.layer) + 1);
     }
-    if (!tokens || !positions || tokens->shape.size() != 2 || positions->shape.size() != 2) {
-        bnb_fail(err, BNB_E_FORMAT, "%s has no config.json, and its shapes cannot be told without the matrices '%s' and '%s'",
-                 shown.c_str(), names.tokens.c_str(), names.positions.c_str());
-        return false;
-    }
+    if (!tokens || !positions || tokens->shape.size() != 2 || positions->shape.size() != 2)
+        return failed(err, BNB_E_FORMAT,
+                      "%s has no config.json, and its shapes cannot be told without the matrices '%s' and '%s'",
+                      shown.c_str(), names.tokens.c_str(), names.positions.c_str());
     c.n_vocab = tokens->shape[0];
     c.n_embd_word = tokens->shape[1];
     c.n_ctx = positions->shape[0] - out->arch->position_offset;
     c.n_embd = positions->shape[1];
-    auto unknown = [&](int64_t id) { return id >= c.n_vocab; }; // another vocabulary than the architecture's usual one
-    if (unknown(c.bos)) c.bos = -1;
-    if (unknown(c.pad)) c.pad = -1;
-    c.eos.erase(std::remove_if(c.eos.begin(), c.eos.end(), unknown), c.eos.end());
     return find_heads(env, *out->arch, &c, err);
 }
 
 } // namespace
 
+// A model with another vocabulary than its architecture's usual one may not have the usual special tokens.
+static void drop_unknown_tokens(Config *c) {
+    auto unknown = [&](int64_t id) { return id < 0 || id >= c->n_vocab; };
+    if (unknown(c->bos)) c->bos = -1;
+    if (unknown(c->pad)) c->pad = -1;
+    c->eos.erase(std::remove_if(c->eos.begin(), c->eos.end(), unknown), c->eos.end());
+}
+
 bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
     const std::string &dir = checkpoint.directory();
     const std::string path = dir + "/config.json";
-    bool ok = exists(path) ? read_config_json(path, checkpoint.tensors(), out, err) : derive_config(env, checkpoint, out, err);
-    return ok && read_generation_config(dir + "/generation_config.json", &out->config, err) && config_finish(out->config, err);
+    bool ok = exists(path) ? read_config_json(path, checkpoint.tensors(), out, err)
+                           : derive_config(env, checkpoint, out, err);
+    if (!ok || !read_generation_config(dir + "/generation_config.json", &out->config, err)) return false;
+    drop_unknown_tokens(&out->config);
+    return config_finish(out->config, err);
 }
 
 } // namespace bnb

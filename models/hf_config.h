@@ -1,5 +1,5 @@
-// hf_config.h: the configuration of a Hugging Face checkpoint: config.json and generation_config.json, or, where there is
-// no config.json, what the tensors' names and shapes say.
+// hf_config.h: the configuration of a Hugging Face checkpoint: config.json and generation_config.json, or, where there
+// is no config.json, what the tensors' names and shapes say.
 //
 // Not: no tokenizer files, and nothing in config.json that would run code (auto_map).
 #pragma once

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "safetensors.h" // printable
+#include "safetensors.h" // failed, printable
 
 namespace bnb {
 
@@ -24,15 +24,12 @@ bool ModuleList::parse(const char *list, const char *option, bnb_error *err) {
         const std::string text = trimmed(all.substr(at, comma - at));
         at = comma + 1;
         if (text.empty()) continue;
-        if (text.size() > longest) {
-            bnb_fail(err, BNB_E_LIMIT, "%s: '%s' has more than 200 bytes", option, printable(text).c_str());
-            return false;
-        }
+        if (text.size() > longest)
+            return failed(err, BNB_E_LIMIT, "%s: '%s' has more than 200 bytes", option, printable(text).c_str());
         try {
             patterns_.push_back({text, std::regex(text)});
         } catch (const std::regex_error &) {
-            bnb_fail(err, BNB_E_ARG, "%s: '%s' is not a regular expression", option, printable(text).c_str());
-            return false;
+            return failed(err, BNB_E_ARG, "%s: '%s' is not a regular expression", option, printable(text).c_str());
         }
     }
     return true;
@@ -43,7 +40,8 @@ bool ModuleList::matches(const Arch &arch, const TensorInfo &info) const {
     const std::string module = info.name.substr(0, info.name.rfind('.')); // less ".weight" or ".bias"
     const std::string full = info.role == Role::Head || !arch.prefixes[0] ? module : arch.prefixes[0] + module;
     for (const Pattern &p : patterns_) {
-        if (full.size() >= p.text.size() && full.compare(full.size() - p.text.size(), p.text.size(), p.text) == 0) return true;
+        if (full.size() >= p.text.size() && full.compare(full.size() - p.text.size(), p.text.size(), p.text) == 0)
+            return true;
         if (std::regex_search(full, p.regex, std::regex_constants::match_continuous)) return true;
     }
     return false;
@@ -65,27 +63,33 @@ bool LoadPolicy::check(bnb_error *err) const {
     bnb_quant q = bnb_quant_default(BNB_NF4);
     q.blocksize = p.blocksize;
     const int64_t shape[] = {1, 1};
-    bnb_status bad = BNB_OK;
     if (p.type != -1 && !is_plain_float(p.type) && !bnb_type_is_quantized(p.type))
-        bad = bnb_fail(err, BNB_E_ARG, "weights cannot be loaded as type %d: f32, f16, bf16, int8, nf4 and fp4 are offered", static_cast<int>(p.type));
-    else if (p.rest_type != -1 && !is_plain_float(p.rest_type))
-        bad = bnb_fail(err, BNB_E_ARG, "what is not quantized can be f32, f16 or bf16, not type %d", static_cast<int>(p.rest_type));
-    else if (bnb_plane_bytes(BNB_NF4, &q, 2, shape, 0) == UINT64_MAX)
-        bad = bnb_fail(err, BNB_E_ARG, "the blocksize is %d, not a power of two from 32 to 4096", static_cast<int>(p.blocksize));
-    else if (p.double_quant != 0 && p.double_quant != 1)
-        bad = bnb_fail(err, BNB_E_ARG, "double_quant is %d, not 0 or 1", static_cast<int>(p.double_quant));
-    else if (!(p.threshold >= 0) || std::isinf(p.threshold))
-        bad = bnb_fail(err, BNB_E_ARG, "the outlier threshold is %g, not a number from 0 on", static_cast<double>(p.threshold));
-    else if (p.compat != BNB_COMPAT_CUDA && p.compat != BNB_COMPAT_CPU)
-        bad = bnb_fail(err, BNB_E_ARG, "compat is %d, not BNB_COMPAT_CUDA or BNB_COMPAT_CPU", static_cast<int>(p.compat));
-    return bad == BNB_OK;
+        return failed(err, BNB_E_ARG,
+                      "weights cannot be loaded as type %d: f32, f16, bf16, int8, nf4 and fp4 are offered",
+                      static_cast<int>(p.type));
+    if (p.rest_type != -1 && !is_plain_float(p.rest_type))
+        return failed(err, BNB_E_ARG, "what is not quantized can be f32, f16 or bf16, not type %d",
+                      static_cast<int>(p.rest_type));
+    if (bnb_plane_bytes(BNB_NF4, &q, 2, shape, 0) == UINT64_MAX)
+        return failed(err, BNB_E_ARG, "the blocksize is %d, not a power of two from 32 to 4096",
+                      static_cast<int>(p.blocksize));
+    if (p.double_quant != 0 && p.double_quant != 1)
+        return failed(err, BNB_E_ARG, "double_quant is %d, not 0 or 1", static_cast<int>(p.double_quant));
+    if (!(p.threshold >= 0) || std::isinf(p.threshold))
+        return failed(err, BNB_E_ARG, "the outlier threshold is %g, not a number from 0 on",
+                      static_cast<double>(p.threshold));
+    if (p.compat != BNB_COMPAT_CUDA && p.compat != BNB_COMPAT_CPU)
+        return failed(err, BNB_E_ARG, "compat is %d, not BNB_COMPAT_CUDA or BNB_COMPAT_CPU",
+                      static_cast<int>(p.compat));
+    return true;
 }
 
 // A list of modules to skip replaces the default, which is the head: a head with a matrix of its own is then quantized
-// unless it is on the list. A tied head is the embedding, which never is (transformers: the same, but it cannot run then).
+// unless it is on the list. A tied head is the embedding, which never is (nor is it in transformers).
 bool LoadPolicy::quantizes(const TensorInfo &info) const {
     bool candidate = info.role == Role::Linear || (info.role == Role::Head && params_.skip_modules);
-    return bnb_type_is_quantized(params_.type) && candidate && !skip_.matches(arch_, info) && !keep_in_fp32_.matches(arch_, info);
+    return bnb_type_is_quantized(params_.type) && candidate && !skip_.matches(arch_, info) &&
+           !keep_in_fp32_.matches(arch_, info);
 }
 
 int32_t LoadPolicy::plain_type(const TensorInfo &info) const {
@@ -129,7 +133,8 @@ TensorStore::~TensorStore() {
     bnb_backend_close(backend_);
 }
 
-void TensorStore::add(const std::string &name, const std::vector<int64_t> &shape, int32_t type, const bnb_quant *quant) {
+void TensorStore::add(const std::string &name, const std::vector<int64_t> &shape, int32_t type,
+                      const bnb_quant *quant) {
     tensors_.push_back(bnb_tensor_new(ctx_, type, quant, int32_t(shape.size()), shape.data(), name.c_str()));
 }
 

@@ -1,16 +1,21 @@
-// load_policy.h: what the loaders (checkpoint.cpp, synthetic.cpp) share: the rule that says what each tensor becomes, and
-// the memory that loaded tensors live in.
+// load_policy.h: what the loaders (checkpoint.cpp, synthetic.cpp) share: the rule that says what each tensor becomes,
+// and the memory that loaded tensors live in.
 //
 // Not: no files, no arithmetic.
 #pragma once
 
 #include <memory>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized" // GCC 12 has false alarms in <regex> (its bug 105562) with -fsanitize
-#endif
-#include <regex>
 #include <string>
 #include <vector>
+
+#if defined(__GNUC__) && !defined(__clang__) // GCC 12 gives false alarms in <regex> with -fsanitize (its bug 105562)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <regex>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
 
 #include "arch.h"
 #include "checkpoint.h"
@@ -22,13 +27,13 @@ bool is_plain_float(int32_t type); // f32, f16, bf16
 // What one tensor becomes.
 struct Target {
     int32_t type = -1;
-    int32_t cast = -1;    // plain type that its values are rounded to before they are quantized; `type` if that is plain
+    int32_t cast = -1; // plain type that its values are rounded to before they are quantized; `type` if that is plain
     bnb_quant quant = {}; // of a quantized type
     bool copy = false;    // the source is this already: its planes are taken as they are
 };
 
-// Names of modules as transformers understands them in skip_modules: a pattern matches a name if, as a regular expression,
-// it matches at the name's start, or if the name ends with it.
+// Names of modules as transformers understands them in skip_modules: a pattern matches a name if, as a regular
+// expression, it matches at the name's start, or if the name ends with it.
 class ModuleList {
 public:
     bool parse(const char *list, const char *option, bnb_error *err); // comma separated; NULL: empty
@@ -72,8 +77,8 @@ public:
     TensorStore &operator=(const TensorStore &) = delete;
 
     void add(const std::string &name, const std::vector<int64_t> &shape, int32_t type, const bnb_quant *quant); // META
-    bool status(bnb_error *err) const; // false: an add failed
-    bool alloc(bnb_error *err);        // gives memory to all of them
+    bool status(bnb_error *err) const;                                    // false: an add failed
+    bool alloc(bnb_error *err);                                           // gives memory to all of them
     const std::vector<bnb_tensor *> &tensors() const { return tensors_; } // as they were added
 
 private:

@@ -2,8 +2,8 @@
 """Writes models/unicode.inc: the character classes that pre-tokenizers need.
 
 Run:  pip install regex && python3 models/make_unicode.py
-Letters, numbers and white space come from tests/golden/gpt2/unicode-classes.txt (Unicode 17.0). The `regex` package adds
-which characters count as part of a word (\\w), which only added tokens with `single_word` ask for.
+Letters, numbers and white space come from tests/golden/gpt2/unicode-classes.txt (Unicode 17.0). The `regex` package
+adds which characters count as part of a word (\\w), which only added tokens with `single_word` ask for.
 """
 import pathlib
 
@@ -14,8 +14,9 @@ CODE_POINTS, PAGE = 0x110000, 256
 WORD = regex.compile(r"[\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}]")
 BANNER = """\
 /* Character classes of Unicode 17.0. Made by models/make_unicode.py: do not edit.
- * One character per code point: L letter, N number, S white space, O any other; lower case if it is part of a word (\\w).
- * Derived from Unicode data files, Copyright (c) Unicode, Inc., Unicode License v3: https://www.unicode.org/license.txt */
+ * One character per code point: L letter, N number, S white space, O any other; lower case: part of a word (\\w).
+ * Derived from Unicode data files, Copyright (c) Unicode, Inc.,
+ * Unicode License v3: https://www.unicode.org/license.txt */
 """
 
 

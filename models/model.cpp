@@ -210,8 +210,9 @@ struct bnb_model {
     bnb::Weights weights;
     bnb_model_params params;
     bnb_model_info info;
-    bnb_backend *backend;
+    bnb_backend *backend = nullptr;
     std::string compute;
+    ~bnb_model() { bnb_backend_close(backend); }
 };
 
 namespace {
@@ -345,7 +346,7 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
         *out = {one.weights, one.state, out->work + one.work};
         std::string text(bnb_plan_describe(s.plan.get(), nullptr, 0) + 1, '\0');
         bnb_plan_describe(s.plan.get(), &text[0], text.size());
-        bf16 = text.find("bf16_") != std::string::npos || text.find("_bf16 ") != std::string::npos;
+        bf16 = text.find("_gemm_bf16") != std::string::npos;
     }
     if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : bf16 ? "f32, bf16 for prompts" : "f32";
     return true;
@@ -378,10 +379,7 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
     const char *device = !p.device || !std::strcmp(p.device, "auto") ? "cpu" : p.device;
     m->backend = bnb_backend_open(env, device, err);
     bnb_memory memory;
-    if (!m->backend || !measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) {
-        bnb_backend_close(m->backend);
-        return nullptr;
-    }
+    if (!m->backend || !measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) return nullptr;
     return m.release();
 }
 
@@ -432,11 +430,7 @@ bnb_model *bnb_model_from_memory(bnb_env *env, const void *data, uint64_t bytes,
                    [&] { return open_file(env, bnb_file_from_memory(env, data, bytes, "(memory)", err), params, err); });
 }
 
-void bnb_model_free(bnb_model *m) {
-    if (!m) return;
-    bnb_backend_close(m->backend);
-    delete m;
-}
+void bnb_model_free(bnb_model *m) { delete m; }
 
 void bnb_model_get_info(const bnb_model *m, bnb_model_info *info) {
     uint32_t size = info->struct_size;

@@ -134,7 +134,8 @@ MappedFile::~MappedFile() {
 
 void release_pages(const void *data, uint64_t bytes) {
     const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t first = (begin + page - 1) / page * page, end = (begin + bytes) / page * page; // whole pages: neighbours need the rest
+    const uintptr_t first = (begin + page - 1) / page * page,
+                    end = (begin + bytes) / page * page; // whole pages: neighbours need the rest
     if (first < end) madvise(reinterpret_cast<void *>(first), end - first, MADV_DONTNEED);
 }
 
@@ -149,12 +150,11 @@ struct Dtype {
 };
 
 const Dtype dtypes[] = {
-    {"F32", 32, BNB_F32},    {"F16", 16, BNB_F16},    {"BF16", 16, BNB_BF16},     {"I32", 32, BNB_I32},
-    {"I8", 8, BNB_I8},       {"U8", 8, BNB_U8},       {"BOOL", 8, -1},            {"F64", 64, -1},
-    {"I64", 64, -1},         {"U64", 64, -1},         {"C64", 64, -1},            {"U32", 32, -1},
-    {"I16", 16, -1},         {"U16", 16, -1},         {"F8_E4M3", 8, -1},         {"F8_E5M2", 8, -1},
-    {"F8_E8M0", 8, -1},      {"F8_E4M3FNUZ", 8, -1},  {"F8_E5M2FNUZ", 8, -1},     {"F6_E2M3", 6, -1},
-    {"F6_E3M2", 6, -1},      {"F4", 4, -1},
+    {"F32", 32, BNB_F32}, {"F16", 16, BNB_F16}, {"BF16", 16, BNB_BF16}, {"I32", 32, BNB_I32},   {"I8", 8, BNB_I8},
+    {"U8", 8, BNB_U8},    {"BOOL", 8, -1},      {"F64", 64, -1},        {"I64", 64, -1},        {"U64", 64, -1},
+    {"C64", 64, -1},      {"U32", 32, -1},      {"I16", 16, -1},        {"U16", 16, -1},        {"F8_E4M3", 8, -1},
+    {"F8_E5M2", 8, -1},   {"F8_E8M0", 8, -1},   {"F8_E4M3FNUZ", 8, -1}, {"F8_E5M2FNUZ", 8, -1}, {"F6_E2M3", 6, -1},
+    {"F6_E3M2", 6, -1},   {"F4", 4, -1},
 };
 
 const Dtype *find_dtype(const std::string &name) {
@@ -223,7 +223,10 @@ public:
         if (depth_ != 1 || in_metadata_) return true;
         const Entry &e = entries.back();
         if (e.dtype && e.has_shape && e.has_offsets && e.offsets.size() == 2) return true;
-        return fail("lacks " + std::string(!e.dtype ? "the dtype" : !e.has_shape ? "the shape" : "the two data_offsets") +
+        return fail("lacks " +
+                    std::string(!e.dtype       ? "the dtype"
+                                : !e.has_shape ? "the shape"
+                                               : "the two data_offsets") +
                     " of " + current());
     }
 
@@ -255,12 +258,14 @@ private:
     bool scalar() {
         if (depth_ == 0) return fail("is not a JSON object");
         if (skipping()) return true;
-        if (in_metadata_) return fail(depth_ == 1 ? "has a __metadata__ that is not an object"
-                                                  : "has a value in __metadata__ that is not a string");
+        if (in_metadata_)
+            return fail(depth_ == 1 ? "has a __metadata__ that is not an object"
+                                    : "has a value in __metadata__ that is not a string");
         if (depth_ == 1) return fail("gives " + current() + " no object");
-        const char *kinds[] = {"", "dtype that is not a string", "shape that is not a list of non-negative integers",
+        const char *kinds[] = {"", "a dtype that is not a string",
+                               "a shape that is not a list of non-negative integers",
                                "data_offsets that are not a list of non-negative integers"};
-        return fail("gives " + current() + " a " + kinds[field_]);
+        return fail("gives " + current() + " " + kinds[field_]);
     }
 
     bool begin_entry(const std::string &name) {
@@ -272,7 +277,8 @@ private:
         }
         if (entries.size() == max_tensors) return fail("lists more than 1048576 tensors");
         if (name.size() > max_name_bytes) return fail("has a name of more than 1024 bytes, '" + printable(name) + "'");
-        if (name.find('\0') != std::string::npos) return fail("has a name with a NUL byte in it, '" + printable(name) + "'");
+        if (name.find('\0') != std::string::npos)
+            return fail("has a name with a NUL byte in it, '" + printable(name) + "'");
         if (!names_.insert(name).second) return fail("lists '" + printable(name) + "' twice");
         entries.emplace_back();
         entries.back().name = name;
@@ -312,52 +318,49 @@ bool check_layout(const std::vector<Entry> &entries, uint64_t data_bytes, const 
     for (const Entry &e : entries) {
         std::string name = printable(e.name);
         unsigned long long b0 = e.offsets[0], b1 = e.offsets[1], expected = end;
-        if (b0 != end || b1 < b0) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' lies at bytes [%llu, %llu) of the data, but byte %llu should begin it (%s)",
-                     file.c_str(), name.c_str(), b0, b1, expected, b1 < b0 ? "its end is before its begin" : b0 < end ? "it overlaps another" : "there is a hole");
-            return false;
-        }
+        if (b0 != end || b1 < b0)
+            return failed(err, BNB_E_FORMAT,
+                          "%s: '%s' lies at bytes [%llu, %llu) of the data, but byte %llu should begin it (%s)",
+                          file.c_str(), name.c_str(), b0, b1, expected,
+                          b1 < b0    ? "its end is before its begin"
+                          : b0 < end ? "it overlaps another"
+                                     : "there is a hole");
         uint64_t bits = 0;
-        if (!tensor_bits(e, &bits)) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' has a shape whose size overflows 64 bits", file.c_str(), name.c_str());
-            return false;
-        }
-        if (bits % 8 != 0 || bits / 8 != b1 - b0) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' of shape %s and dtype %s needs %llu bits, but lies at bytes [%llu, %llu) of the data",
-                     file.c_str(), name.c_str(), shape_text(signed_shape(e)).c_str(), e.dtype->name,
-                     static_cast<unsigned long long>(bits), b0, b1);
-            return false;
-        }
+        if (!tensor_bits(e, &bits))
+            return failed(err, BNB_E_FORMAT, "%s: '%s' has a shape whose size overflows 64 bits", file.c_str(),
+                          name.c_str());
+        if (bits % 8 != 0 || bits / 8 != b1 - b0)
+            return failed(
+                err, BNB_E_FORMAT,
+                "%s: '%s' of shape %s and dtype %s needs %llu bits, but lies at bytes [%llu, %llu) of the data",
+                file.c_str(), name.c_str(), shape_text(signed_shape(e)).c_str(), e.dtype->name,
+                static_cast<unsigned long long>(bits), b0, b1);
         end = e.offsets[1];
     }
     if (end == data_bytes) return true;
-    bnb_fail(err, BNB_E_FORMAT, "%s: the tensors end at byte %llu of the data, but %llu bytes are there (a cut or an appended file)",
-             file.c_str(), static_cast<unsigned long long>(end), static_cast<unsigned long long>(data_bytes));
-    return false;
+    return failed(err, BNB_E_FORMAT,
+                  "%s: the tensors end at byte %llu of the data, but %llu bytes are there (a cut or an appended file)",
+                  file.c_str(), static_cast<unsigned long long>(end), static_cast<unsigned long long>(data_bytes));
 }
 
 // The length of the header: rules 1 to 3.
 bool header_length(const uint8_t *p, uint64_t bytes, const std::string &file, uint64_t *length, bnb_error *err) {
-    if (bytes < 8) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: %llu bytes are too few for a safetensors header", file.c_str(),
-                 static_cast<unsigned long long>(bytes));
-        return false;
-    }
+    if (bytes < 8)
+        return failed(err, BNB_E_FORMAT, "%s: %llu bytes are too few for a safetensors header", file.c_str(),
+                      static_cast<unsigned long long>(bytes));
     memcpy(length, p, 8);
-    if (*length > max_header_bytes) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: not a safetensors file, its header would have %llu bytes (at most 100000000)", file.c_str(),
-                 static_cast<unsigned long long>(*length));
-        return false;
-    }
-    if (*length > bytes - 8) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: the header says it has %llu bytes, but the file ends after %llu (cut short?)", file.c_str(),
-                 static_cast<unsigned long long>(*length), static_cast<unsigned long long>(bytes - 8));
-        return false;
-    }
+    if (*length > max_header_bytes)
+        return failed(err, BNB_E_FORMAT,
+                      "%s: not a safetensors file, its header would have %llu bytes (at most 100000000)", file.c_str(),
+                      static_cast<unsigned long long>(*length));
+    if (*length > bytes - 8)
+        return failed(err, BNB_E_FORMAT,
+                      "%s: the header says it has %llu bytes, but the file ends after %llu (cut short?)", file.c_str(),
+                      static_cast<unsigned long long>(*length), static_cast<unsigned long long>(bytes - 8));
     return true;
 }
 
-// The text of the header: rules 4 and 5. The parser would take a NUL for the end of the text and skip a byte order mark.
+// The text of the header: rules 4 and 5. The parser would take a NUL for the end of the text and skip a BOM.
 bool parse_header(const char *text, size_t length, HeaderSax *sax) {
     const uint8_t *p = reinterpret_cast<const uint8_t *>(text);
     const uint8_t *bad = find_ill_formed(p, p + length);
@@ -384,11 +387,9 @@ bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file
     uint64_t length = 0;
     if (!header_length(p, bytes, shown, &length, err)) return false;
     HeaderSax sax;
-    if (!parse_header(reinterpret_cast<const char *>(p + 8), size_t(length), &sax)) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: the header %s", shown.c_str(), sax.problem.c_str());
-        return false;
-    }
-    // Entries without bytes share their begin with the next one: the end decides, then the name, so that order is fixed.
+    if (!parse_header(reinterpret_cast<const char *>(p + 8), size_t(length), &sax))
+        return failed(err, BNB_E_FORMAT, "%s: the header %s", shown.c_str(), sax.problem.c_str());
+    // Entries without bytes share their begin with the next one: the end decides, then the name, so order is fixed.
     std::sort(sax.entries.begin(), sax.entries.end(), [](const Entry &a, const Entry &b) {
         return a.offsets != b.offsets ? a.offsets < b.offsets : a.name < b.name;
     });
@@ -410,34 +411,44 @@ bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file
 
 // What kind of checkpoint a file is that begins like this, if it is one that we cannot read; NULL otherwise.
 static const char *foreign_format(const uint8_t *p, uint64_t n) {
-    static const uint8_t pickle_magic[] = {0x80, 0x02, 0x8A, 0x0A, 0x6C, 0xFC, 0x9C, 0x46, 0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19, 0x2E};
+    static const uint8_t pickle_magic[] = {0x80, 0x02, 0x8A, 0x0A, 0x6C, 0xFC, 0x9C, 0x46,
+                                           0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19, 0x2E};
     if (n >= 4 && memcmp(p, "GGUF", 4) == 0) return "a GGUF file";
     if (n >= 4 && memcmp(p, "PK\x03\x04", 4) == 0) return "a PyTorch checkpoint (a zip file of pickles)";
-    if (n >= 15 && memcmp(p, pickle_magic, 15) == 0) return "a PyTorch checkpoint in the form before PyTorch 1.6 (a stream of pickles)";
+    if (n >= 15 && memcmp(p, pickle_magic, 15) == 0)
+        return "a PyTorch checkpoint in the form before PyTorch 1.6 (a stream of pickles)";
     if (n >= 262 && memcmp(p + 257, "ustar", 5) == 0) return "a tar file, perhaps a very old PyTorch checkpoint";
     return nullptr;
 }
 
 static bool refuse_foreign(const std::string &path, const char *what, bnb_error *err) {
-    bnb_fail(err, BNB_E_UNSUPPORTED, "%s is %s, which is not read yet: save the model as safetensors", printable_path(path).c_str(), what);
-    return false;
+    return failed(err, BNB_E_UNSUPPORTED, "%s is %s, which is not read yet: save the model as safetensors",
+                  printable_path(path).c_str(), what);
 }
 
 // Weights that are quantized already are recognised by what lies beside them.
 static bool refuse_quantized(const std::vector<SourceTensor> &tensors, bnb_error *err) {
-    static const struct { const char *suffix, *what; } marks[] = {
-        {".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"}, {".quant_state.bitsandbytes__fp4", "bitsandbytes fp4"},
-        {".SCB", "bitsandbytes int8"},     {".g_idx", "GPTQ"},           {".qweight", "GPTQ or AWQ"},
-        {".codebooks", "AQLM"},            {".W_q", "HQQ"},              {".weight_scale", "fp8"},
+    static const struct {
+        const char *suffix, *what;
+    } marks[] = {
+        {".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"},
+        {".quant_state.bitsandbytes__fp4", "bitsandbytes fp4"},
+        {".SCB", "bitsandbytes int8"},
+        {".g_idx", "GPTQ"},
+        {".qweight", "GPTQ or AWQ"},
+        {".codebooks", "AQLM"},
+        {".W_q", "HQQ"},
+        {".weight_scale", "fp8"},
         {".weight_scale_inv", "fp8"},
     };
     for (const auto &mark : marks) {
         for (const SourceTensor &t : tensors) {
             size_t n = strlen(mark.suffix);
             if (t.name.size() < n || t.name.compare(t.name.size() - n, n, mark.suffix) != 0) continue;
-            bnb_fail(err, BNB_E_UNSUPPORTED, "the checkpoint is already quantized (%s, by its tensor '%s'), which is not read yet: start from its unquantized form",
-                     mark.what, printable(t.name).c_str());
-            return false;
+            return failed(err, BNB_E_UNSUPPORTED,
+                          "the checkpoint is already quantized (%s, by its tensor '%s'), which is not read yet: start "
+                          "from its unquantized form",
+                          mark.what, printable(t.name).c_str());
         }
     }
     return true;
@@ -449,14 +460,10 @@ bool json_read(const std::string &path, json *out, bnb_error *err) {
     const std::string shown = printable_path(path);
     std::unique_ptr<MappedFile> file = MappedFile::open(path, err);
     if (!file) return false;
-    if (file->size() > max_json_bytes) {
-        bnb_fail(err, BNB_E_LIMIT, "%s has more than 64 MiB", shown.c_str());
-        return false;
-    }
+    if (file->size() > max_json_bytes) return failed(err, BNB_E_LIMIT, "%s has more than 64 MiB", shown.c_str());
     const char *text = reinterpret_cast<const char *>(file->data());
     if (file->size() && memchr(text, 0, size_t(file->size()))) { // the parser would take it for the end of the text
-        bnb_fail(err, BNB_E_FORMAT, "%s has a NUL byte in it", shown.c_str());
-        return false;
+        return failed(err, BNB_E_FORMAT, "%s has a NUL byte in it", shown.c_str());
     }
     std::vector<std::set<std::string>> open; // keys of the objects that we are in
     auto watch = [&](int depth, json::parse_event_t event, json &value) {
@@ -513,25 +520,29 @@ static bool find_weights(const std::string &dir, std::string *path, bnb_error *e
         std::vector<std::string> names = list_files(dir, end);
         names.erase(std::remove(names.begin(), names.end(), "pytorch_model.bin.index.json"), names.end());
         names.erase(std::remove(names.begin(), names.end(), "adapter_model.safetensors"), names.end());
-        if (names.size() > 1) {
-            bnb_fail(err, BNB_E_ARG, "%s has %zu files whose names end in %s (%s, ...): name the one to load",
-                     printable_path(dir).c_str(), names.size(), end, printable(names[0]).c_str());
-            return false;
-        }
+        if (names.size() > 1)
+            return failed(err, BNB_E_ARG, "%s has %zu files whose names end in %s (%s, ...): name the one to load",
+                          printable_path(dir).c_str(), names.size(), end, printable(names[0]).c_str());
         *path = names.empty() ? "" : dir + "/" + names[0];
         if (!names.empty()) return true;
     }
-    static const struct { const char *end, *what; } others[] = {
-        {"adapter_config.json", "a LoRA adapter, not a model"}, {".gguf", "a GGUF file"},
-        {"pytorch_model.bin.index.json", "an index of PyTorch checkpoints (pickles)"}, {".bin", "a PyTorch checkpoint (pickles)"},
-        {".pt", "a PyTorch checkpoint (pickles)"}, {".pth", "a PyTorch checkpoint (pickles)"},
+    static const struct {
+        const char *end, *what;
+    } others[] = {
+        {"adapter_config.json", "a LoRA adapter, not a model"},
+        {".gguf", "a GGUF file"},
+        {"pytorch_model.bin.index.json", "an index of PyTorch checkpoints (pickles)"},
+        {".bin", "a PyTorch checkpoint (pickles)"},
+        {".pt", "a PyTorch checkpoint (pickles)"},
+        {".pth", "a PyTorch checkpoint (pickles)"},
     };
     for (const auto &other : others) {
         std::vector<std::string> names = list_files(dir, other.end);
         if (!names.empty()) return refuse_foreign(dir + "/" + names[0], other.what, err);
     }
-    bnb_fail(err, BNB_E_IO, "%s has no weights in it: model.safetensors or model.safetensors.index.json was expected", printable_path(dir).c_str());
-    return false;
+    return failed(err, BNB_E_IO,
+                  "%s has no weights in it: model.safetensors or model.safetensors.index.json was expected",
+                  printable_path(dir).c_str());
 }
 
 bool Checkpoint::add_file(const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err) {
@@ -557,21 +568,16 @@ static bool read_index(const std::string &path, ShardNames *shards, bnb_error *e
     if (!json_read(path, &index, err)) return false;
     const json *names = &index; // accelerate also takes an index that is the map itself
     if (index.is_object() && index.contains("weight_map")) names = &index["weight_map"];
-    if (!names->is_object()) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: the weight_map is not an object", shown.c_str());
-        return false;
-    }
+    if (!names->is_object()) return failed(err, BNB_E_FORMAT, "%s: the weight_map is not an object", shown.c_str());
     for (const auto &item : names->items()) {
-        if (!item.value().is_string()) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' is not mapped to a file name", shown.c_str(), printable(item.key()).c_str());
-            return false;
-        }
+        if (!item.value().is_string())
+            return failed(err, BNB_E_FORMAT, "%s: '%s' is not mapped to a file name", shown.c_str(),
+                          printable(item.key()).c_str());
         const std::string file = item.value().get<std::string>();
-        if (!is_plain_file_name(file)) {
-            bnb_fail(err, BNB_E_FORMAT, "%s: '%s' is mapped to '%s', which is not the plain name of a file beside the index",
-                     shown.c_str(), printable(item.key()).c_str(), printable(file).c_str());
-            return false;
-        }
+        if (!is_plain_file_name(file))
+            return failed(err, BNB_E_FORMAT,
+                          "%s: '%s' is mapped to '%s', which is not the plain name of a file beside the index",
+                          shown.c_str(), printable(item.key()).c_str(), printable(file).c_str());
         (*shards)[file].insert(item.key());
     }
     return true;
@@ -586,12 +592,14 @@ bool Checkpoint::add_index(bnb_env *env, const std::string &path, bnb_error *err
         if (!add_file(file, &tensors, err)) return false;
         for (SourceTensor &t : tensors) {
             if (shard.second.erase(t.name)) tensors_.push_back(std::move(t));
-            else bnb_log(env, BNB_LOG_WARN, "%s: '%s' is not in the index and is left out", printable_path(file).c_str(), printable(t.name).c_str());
+            else
+                bnb_log(env, BNB_LOG_WARN, "%s: '%s' is not in the index and is left out", printable_path(file).c_str(),
+                        printable(t.name).c_str());
         }
         if (shard.second.empty()) continue;
-        bnb_fail(err, BNB_E_FORMAT, "%s: the index says that '%s' is in this file, but it is not", printable_path(file).c_str(),
-                 printable(*std::min_element(shard.second.begin(), shard.second.end())).c_str());
-        return false;
+        return failed(err, BNB_E_FORMAT, "%s: the index says that '%s' is in this file, but it is not",
+                      printable_path(file).c_str(),
+                      printable(*std::min_element(shard.second.begin(), shard.second.end())).c_str());
     }
     return true;
 }
@@ -602,16 +610,18 @@ std::unique_ptr<Checkpoint> Checkpoint::open(bnb_env *env, const std::string &pa
     std::error_code ec;
     if (fs::is_directory(path, ec)) {
         c->directory_ = path;
-        if (!find_weights(path, &weights, err)) return nullptr;
+        while (c->directory_.size() > 1 && c->directory_.back() == '/') c->directory_.pop_back();
+        if (!find_weights(c->directory_, &weights, err)) return nullptr;
     } else {
         size_t slash = path.rfind('/');
         c->directory_ = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
     }
-    if (weights.size() >= 28 && ends_with(weights, "pytorch_model.bin.index.json")) {
+    if (ends_with(weights, "pytorch_model.bin.index.json")) {
         refuse_foreign(weights, "an index of PyTorch checkpoints (pickles)", err);
         return nullptr;
     }
-    bool ok = ends_with(weights, ".index.json") ? c->add_index(env, weights, err) : c->add_file(weights, &c->tensors_, err);
+    bool ok =
+        ends_with(weights, ".index.json") ? c->add_index(env, weights, err) : c->add_file(weights, &c->tensors_, err);
     if (!ok || !refuse_quantized(c->tensors_, err)) return nullptr;
     return c;
 }

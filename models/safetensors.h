@@ -21,10 +21,10 @@ namespace bnb {
 // One tensor of a checkpoint.
 struct SourceTensor {
     std::string name;
-    std::string dtype;              // as the file spells it: "BF16"
-    int32_t type = -1;              // BNB_F32, BNB_F16, ...; -1: nothing that bnb computes with
-    std::vector<int64_t> shape;     // outermost first
-    const void *data = nullptr;     // in the mapped file: may be unaligned, lives as long as the file
+    std::string dtype;          // as the file spells it: "BF16"
+    int32_t type = -1;          // BNB_F32, BNB_F16, ...; -1: nothing that bnb computes with
+    std::vector<int64_t> shape; // outermost first
+    const void *data = nullptr; // in the mapped file: may be unaligned, lives as long as the file
     uint64_t bytes = 0;
     const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
 };
@@ -77,9 +77,15 @@ private:
 // and anything that is not UTF-8 are errors.
 bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err);
 
+// bnb_fail for functions that say with false that they failed.
+template <class... Args> bool failed(bnb_error *err, bnb_status code, const char *format, Args... args) {
+    bnb_fail(err, code, format, args...);
+    return false;
+}
+
 // For messages: names come from files, so control characters and ill-formed UTF-8 become '?' and long ones are cut.
 std::string printable(const std::string &name);
-std::string printable_path(const std::string &path); // keeps the end, which tells files apart
+std::string printable_path(const std::string &path);       // keeps the end, which tells files apart
 std::string shape_text(const std::vector<int64_t> &shape); // "[2, 3]"
 
 } // namespace bnb

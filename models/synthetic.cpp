@@ -2,13 +2,14 @@
 //
 // Quantized weights are made as codes and scales, not as numbers that are then quantized, so that making a model takes
 // little more than writing its memory. What they decode to has the deviation of an untrained network, 0.02.
-// Every value depends on the seed, the tensor's name and the element's index only: any number of threads gives the same.
+// Every value depends on the seed, the tensor's name and the element's index only, not on the number of threads.
 // Not: no weights that compute anything, and no tokenizer.
 #include <cmath>
 
 #include "arch.h"
 #include "checkpoint.h"
 #include "load_policy.h"
+#include "safetensors.h" // failed
 
 namespace bnb {
 namespace {
@@ -76,7 +77,8 @@ template <class T> void draw_table(const FillJob &job, int64_t first, int64_t n)
     const T *table = reinterpret_cast<const T *>(job.table);
     for (int64_t i = 0; i < n; i += 4) {
         const uint64_t r = random_at(job.key, uint64_t(first + i) / 4);
-        for (int64_t k = 0; k < std::min<int64_t>(4, n - i); k++) dst[i + k] = table[r >> (16 * k) & ((1 << quantile_bits) - 1)];
+        for (int64_t k = 0; k < std::min<int64_t>(4, n - i); k++)
+            dst[i + k] = table[r >> (16 * k) & ((1 << quantile_bits) - 1)];
     }
 }
 
@@ -90,7 +92,8 @@ void draw_bytes(const FillJob &job, int64_t first, int64_t n) {
 
 void draw_uniform(const FillJob &job, int64_t first, int64_t n) {
     float *dst = reinterpret_cast<float *>(job.dst) + first;
-    for (int64_t i = 0; i < n; i++) dst[i] = float(job.low + (job.high - job.low) * uniform_at(job.key, uint64_t(first + i)));
+    for (int64_t i = 0; i < n; i++)
+        dst[i] = float(job.low + (job.high - job.low) * uniform_at(job.key, uint64_t(first + i)));
 }
 
 FillJob plane_job(uint64_t seed, bnb_tensor *t, int32_t plane, size_t size) {
@@ -181,7 +184,8 @@ void fill_constant(bnb_tensor *t, float value) {
     (void)bnb_convert(BNB_F32, values.data(), t->type, bnb_tensor_plane(t, 0), bnb_tensor_elements(t), nullptr);
 }
 
-bool fill(bnb_env *env, uint64_t seed, const std::vector<float> &quantiles, const TensorInfo &info, bnb_tensor *t, bnb_error *err) {
+bool fill(bnb_env *env, uint64_t seed, const std::vector<float> &quantiles, const TensorInfo &info, bnb_tensor *t,
+          bnb_error *err) {
     const std::string &name = info.name;
     const bool bias = name.size() >= 5 && name.compare(name.size() - 5, 5, ".bias") == 0;
     if (info.role == Role::Norm) fill_constant(t, bias ? 0.0f : 1.0f);
@@ -193,22 +197,23 @@ bool fill(bnb_env *env, uint64_t seed, const std::vector<float> &quantiles, cons
 
 // ---- the model ------------------------------------------------------------------------------------------------------
 
-bool fill_all(bnb_env *env, uint64_t seed, const std::vector<TensorInfo> &infos, const TensorStore &store, bnb_error *err) {
+bool fill_all(bnb_env *env, uint64_t seed, const std::vector<TensorInfo> &infos, const TensorStore &store,
+              bnb_error *err) {
     const std::vector<float> quantiles = normal_quantiles();
     for (size_t i = 0; i < infos.size(); i++) {
         if (!fill(env, seed, quantiles, infos[i], store.tensors()[i], err)) return false;
         if (bnb_progress(env, "load", double(i + 1) / double(infos.size()))) continue;
-        bnb_fail(err, BNB_E_CANCELLED, "cancelled");
-        return false;
+        return failed(err, BNB_E_CANCELLED, "it was cancelled before the end");
     }
     return true;
 }
 
-bnb_model *synthetic(bnb_env *env, const std::string &name, const bnb_load_params *load, bool meta, const bnb_model_params *params,
-                     bnb_error *err) {
+bnb_model *synthetic(bnb_env *env, const std::string &name, const bnb_load_params *load, bool meta,
+                     const bnb_model_params *params, bnb_error *err) {
     ModelSource model;
     if (!config_preset(name, &model.config)) {
-        bnb_fail(err, BNB_E_ARG, "there is no configuration '%.40s'; known are %s", name.c_str(), preset_names().c_str());
+        bnb_fail(err, BNB_E_ARG, "there is no configuration '%.40s'; known are %s", name.c_str(),
+                 preset_names().c_str());
         return nullptr;
     }
     if (!config_finish(model.config, err)) return nullptr;
@@ -218,7 +223,8 @@ bnb_model *synthetic(bnb_env *env, const std::string &name, const bnb_load_param
     if (!store) return nullptr;
     const std::vector<TensorInfo> infos = arch.tensors(model.config);
     for (const TensorInfo &info : infos) {
-        const Target t = policy->target(info, BNB_F16, nullptr); // f16: what released checkpoints of this size are stored as
+        const Target t =
+            policy->target(info, BNB_F16, nullptr); // f16: what released checkpoints of this size are stored as
         store->add(info.name, info.shape, t.type, &t.quant);
     }
     if (!store->status(err)) return nullptr;
@@ -231,8 +237,8 @@ bnb_model *synthetic(bnb_env *env, const std::string &name, const bnb_load_param
 } // namespace
 } // namespace bnb
 
-bnb_model *bnb_model_synthetic(bnb_env *env, const char *name, const bnb_load_params *load, int32_t meta, const bnb_model_params *params,
-                               bnb_error *err) {
+bnb_model *bnb_model_synthetic(bnb_env *env, const char *name, const bnb_load_params *load, int32_t meta,
+                               const bnb_model_params *params, bnb_error *err) {
     return bnb::guarded(err, static_cast<bnb_model *>(nullptr),
                         [&] { return bnb::synthetic(env, name, load, meta != 0, params, err); });
 }

@@ -61,7 +61,7 @@ struct TokenizerData {
     std::vector<uint8_t> flags;      // [n] TokenFlag bits
     std::vector<Merge> merges;       // in rank order: the first is merged first
     int32_t pattern = PATTERN_GPT2;
-    bool add_prefix_space = false; // a text, or the part of it between two added tokens, that does not begin with a space gets one
+    bool add_prefix_space = false; // text, also after an added token, that does not begin with a space gets one
     bool ignore_merges = false;    // a piece that is a token becomes that token without merging
     bool add_bos = false, add_eos = false;
     int32_t bos = -1, eos = -1, unk = -1, pad = -1; // -1: none
@@ -77,7 +77,7 @@ bool check(const TokenizerData &data, bnb_error *err);
 //     n_tokens, n_merges, options (1 add_prefix_space, 2 ignore_merges, 4 add_bos, 8 add_eos), pattern,
 //     bos + 1, eos + 1, unk + 1, pad + 1,
 //     n_tokens times: length * 64 + flags, then `length` bytes,
-//     n_merges times: left, right, zigzag(result - (result of the merge before, at first -1) - 1): 0 if ids follow ranks.
+//     n_merges times: left, right, zigzag(result - result of the merge before (at first -1) - 1).
 std::string serialize(const TokenizerData &data);
 bool parse(const void *bytes, size_t n, TokenizerData *data, bnb_error *err); // false: err says why, data is untouched
 

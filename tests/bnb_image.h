@@ -193,7 +193,13 @@ private:
                 if (spec.with_data) {
                     bool floats = (p > 0 && !(p == 1 && bnb_type_bits(t.type) == 4 && t.quant.double_quant)) || (p == 0 && t.type == BNB_F32);
                     for (uint64_t b = 0; b < size / 4 && floats; b++) append(data, rng.normal());
-                    while (data.size() < size) data += static_cast<char>(rng.range(1, 120)); // as f16 neither NaN nor infinity
+                    for (uint64_t b = 0; b < size / 2 && (t.type == BNB_F16 || t.type == BNB_BF16); b++) {
+                        const float v = rng.normal();
+                        uint16_t h;
+                        REQUIRE(bnb_convert(BNB_F32, &v, t.type, &h, 1, nullptr) == BNB_OK);
+                        append(data, h);
+                    }
+                    while (data.size() < size) data += static_cast<char>(rng.range(1, 255));
                 }
                 list[i].planes[p] = {at, size, spec.with_data ? bnb_hash64(data.data(), size, 0) : 0};
                 planes.emplace_back(at, data);

@@ -33,12 +33,12 @@ struct Result {
 };
 
 struct How {
-    std::string input;          // of stdin
-    long interrupt_after = -1;  // send SIGINT once stdout has this many bytes
-    long max_file_bytes = -1;   // limit on the size of files it writes
-    std::string stdout_to;      // a file instead of a pipe
-    int stderr_fd = -1;         // instead of a file that becomes Result::err
-    std::string directory;      // to run in
+    std::string input;         // of stdin
+    long interrupt_after = -1; // send SIGINT once stdout has this many bytes
+    long max_file_bytes = -1;  // limit on the size of files it writes
+    std::string stdout_to;     // a file instead of a pipe
+    int stderr_fd = -1;        // instead of a file that becomes Result::err
+    std::string directory;     // to run in
 };
 
 inline std::string read_all(FILE *f) {
@@ -129,7 +129,9 @@ inline std::string read_file(const std::string &path) {
     return s.str();
 }
 
-inline void write_file(const std::string &path, const std::string &bytes) { std::ofstream(path, std::ios::binary) << bytes; }
+inline void write_file(const std::string &path, const std::string &bytes) {
+    std::ofstream(path, std::ios::binary) << bytes;
+}
 inline bool exists(const std::string &path) { return access(path.c_str(), F_OK) == 0; }
 
 } // namespace process

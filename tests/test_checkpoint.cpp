@@ -1,7 +1,7 @@
 // test_checkpoint.cpp: safetensors files, Hugging Face directories, quantizing them, the .bnb writer, synthetic models.
 //
-// What weights quantize to is tested elsewhere; here each tensor must be what bnb_quantize makes of the right numbers in
-// the right layout. Hostile files: the tables below, and those in attacks/ (see make_attacks.py).
+// What weights quantize to is tested elsewhere; here each tensor must be what bnb_quantize makes of the right numbers
+// in the right layout. Hostile files: the tables below, and those in attacks/ (see make_attacks.py).
 #include <doctest/doctest.h>
 
 #include <csignal>
@@ -24,7 +24,7 @@ using namespace test;
 
 using Bytes = std::vector<uint8_t>;
 
-// ---- a writer of safetensors, and of a GPT-2 that is small enough to look at -------------------------------------------
+// ---- a writer of safetensors, and of a GPT-2 that is small enough to look at ---------------------------------------
 
 struct Stored {
     std::string name, dtype;
@@ -66,8 +66,9 @@ Bytes safetensors(const std::vector<Stored> &tensors, const std::string &pad = "
     std::string header = "{\"__metadata__\":{\"format\":\"pt\"}";
     Bytes data;
     for (const Stored &t : tensors) {
-        header += ",\"" + t.name + "\":{\"dtype\":\"" + t.dtype + "\",\"shape\":" + shape_json(t.shape) + ",\"data_offsets\":[" +
-                  std::to_string(data.size()) + "," + std::to_string(data.size() + t.bytes.size()) + "]}";
+        header += ",\"" + t.name + "\":{\"dtype\":\"" + t.dtype + "\",\"shape\":" + shape_json(t.shape) +
+                  ",\"data_offsets\":[" + std::to_string(data.size()) + "," +
+                  std::to_string(data.size() + t.bytes.size()) + "]}";
         data.insert(data.end(), t.bytes.begin(), t.bytes.end());
     }
     Bytes out = raw_file(header + "}" + pad, 0);
@@ -110,9 +111,10 @@ struct Tiny {
         return list;
     }
     std::string config_json() const {
-        return "{\"model_type\":\"gpt2\",\"n_embd\":" + std::to_string(C) + ",\"n_layer\":" + std::to_string(L) + ",\"n_head\":" +
-               std::to_string(H) + ",\"n_positions\":" + std::to_string(P) + ",\"vocab_size\":" + std::to_string(V) +
-               (tied ? "" : ",\"tie_word_embeddings\":false") + more_config + "}";
+        return "{\"model_type\":\"gpt2\",\"n_embd\":" + std::to_string(C) + ",\"n_layer\":" + std::to_string(L) +
+               ",\"n_head\":" + std::to_string(H) + ",\"n_positions\":" + std::to_string(P) +
+               ",\"vocab_size\":" + std::to_string(V) + (tied ? "" : ",\"tie_word_embeddings\":false") + more_config +
+               "}";
     }
     void write(const TempDir &dir) { write(dir, tensors()); }
     void write(const TempDir &dir, const std::vector<Stored> &list) {
@@ -128,8 +130,8 @@ bnb_load_params load_params(int32_t type) {
     return p;
 }
 
-bnb_status convert(Env &env, const std::string &src, const std::string &dst, const bnb_load_params &load, bnb_error *err,
-                   bnb_convert_result *result = nullptr) {
+bnb_status convert(Env &env, const std::string &src, const std::string &dst, const bnb_load_params &load,
+                   bnb_error *err, bnb_convert_result *result = nullptr) {
     return bnb_convert_checkpoint(env, src.c_str(), dst.c_str(), &load, result, err);
 }
 
@@ -148,7 +150,9 @@ File converted(Env &env, const std::string &src, const std::string &dst, const b
     return open_file(env, dst);
 }
 
-struct FreeModel { void operator()(bnb_model *m) const { bnb_model_free(m); } };
+struct FreeModel {
+    void operator()(bnb_model *m) const { bnb_model_free(m); }
+};
 using Model = std::unique_ptr<bnb_model, FreeModel>;
 
 Model loaded(Env &env, const std::string &path, const bnb_load_params *load = nullptr) {
@@ -159,7 +163,8 @@ Model loaded(Env &env, const std::string &path, const bnb_load_params *load = nu
 }
 
 // Loading must fail, with a sentence that has these words in it.
-void check_refused(Env &env, const std::string &path, bnb_status code, const std::string &words, const bnb_load_params *load = nullptr) {
+void check_refused(Env &env, const std::string &path, bnb_status code, const std::string &words,
+                   const bnb_load_params *load = nullptr) {
     bnb_error err = {};
     Model m(bnb_model_load(env, path.c_str(), load, nullptr, &err));
     CHECK_MESSAGE(!m, path);
@@ -200,7 +205,8 @@ void check_quantized(Env &env, const bnb_tensor *like, const Floats &values, int
     bnb_tensor *source = bnb_tensor_new(ctx.get(), cast, nullptr, like->n_dims, like->shape, "source");
     bnb_tensor *wanted = bnb_tensor_new(ctx.get(), like->type, &like->quant, like->n_dims, like->shape, like->name);
     REQUIRE(bnb_ctx_alloc(ctx.get(), env.cpu(), &err) == BNB_OK);
-    REQUIRE(bnb_convert(BNB_F32, values.data(), cast, bnb_tensor_plane(source, 0), int64_t(values.size()), &err) == BNB_OK);
+    REQUIRE(bnb_convert(BNB_F32, values.data(), cast, bnb_tensor_plane(source, 0), int64_t(values.size()), &err) ==
+            BNB_OK);
     REQUIRE(bnb_quantize(env, source, wanted, compat, &err) == BNB_OK);
     CHECK(like->quant.dtype == cast);
     check_same_tensor(like, wanted);
@@ -225,12 +231,13 @@ int64_t number(const File &f, const char *key) {
 
 TEST_SUITE_BEGIN("checkpoint");
 
-// ---- safetensors ------------------------------------------------------------------------------------------------------
+// ---- safetensors ---------------------------------------------------------------------------------------------------
 
 TEST_CASE("safetensors: what the format allows is read") {
     const Floats x = {1, 2, 3, 4, 5, 6};
-    std::vector<Stored> tensors = {stored("a", {2, 3}, x), stored("b", {}, {7}, BNB_F16), {"c", "I64", {0}, {}},
-                                   {"d", "F8_E4M3", {3}, {1, 2, 3}}, {"e", "F4", {2, 3}, {1, 2, 3}}, {"", "BOOL", {1}, {1}}};
+    std::vector<Stored> tensors = {stored("a", {2, 3}, x),         stored("b", {}, {7}, BNB_F16),
+                                   {"c", "I64", {0}, {}},          {"d", "F8_E4M3", {3}, {1, 2, 3}},
+                                   {"e", "F4", {2, 3}, {1, 2, 3}}, {"", "BOOL", {1}, {1}}};
     bnb_error err = {};
     for (const std::string pad : {"", " ", "\n  ", "       "}) { // with some of them the data begin at odd bytes
         const Bytes file = safetensors(tensors, pad);
@@ -241,16 +248,18 @@ TEST_CASE("safetensors: what the format allows is read") {
             CHECK(got[i].name == tensors[i].name);
             CHECK(got[i].dtype == tensors[i].dtype);
             CHECK(got[i].shape == tensors[i].shape);
-            CHECK(Bytes(static_cast<const uint8_t *>(got[i].data), static_cast<const uint8_t *>(got[i].data) + got[i].bytes) == tensors[i].bytes);
+            CHECK(Bytes(static_cast<const uint8_t *>(got[i].data),
+                        static_cast<const uint8_t *>(got[i].data) + got[i].bytes) == tensors[i].bytes);
         }
         CHECK(got[0].type == BNB_F32);
         CHECK(got[1].type == BNB_F16);
         CHECK(got[2].type == -1);
     }
-    for (const std::string header : {
-             "{}", "  {}", "{}  ", "{\"__metadata__\":{}}", R"({"x":{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[0,0]}})",
-             R"({"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"more":{"a":[1,{"b":-1.5}],"c":null}}})",
-             R"({"\u00e9":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}})"}) {
+    for (const std::string header :
+         {"{}", "  {}", "{}  ", "{\"__metadata__\":{}}",
+          R"({"x":{"dtype":"F32","shape":[0,1099511627776,1099511627776],"data_offsets":[0,0]}})",
+          R"({"x":{"dtype":"F32","shape":[0],"data_offsets":[0,0],"more":{"a":[1,{"b":-1.5}],"c":null}}})",
+          R"({"\u00e9":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}})"}) {
         const Bytes file = raw_file(header, 0);
         std::vector<bnb::SourceTensor> got;
         CHECK_MESSAGE(bnb::safetensors_parse(file.data(), file.size(), "x", &got, &err), header << ": " << err.msg);
@@ -263,7 +272,11 @@ TEST_CASE("safetensors: each broken rule is refused by name") {
     std::string deep = "0", many_dims = "1";
     for (int i = 0; i < 100; i++) deep = "[" + deep + "]";
     for (int i = 0; i < 9; i++) many_dims += ",1";
-    const struct { std::string header; size_t data; const char *words; } cases[] = {
+    const struct {
+        std::string header;
+        size_t data;
+        const char *words;
+    } cases[] = {
         {std::string("{\"x\xff\":{") + f32 + "}}", 8, "not valid UTF-8 text at byte 3"},
         {std::string("{\"x\xed\xa0\x80\":{") + f32 + "}}", 8, "not valid UTF-8"},
         {std::string("{\"x\xc0\xaf\":{") + f32 + "}}", 8, "not valid UTF-8"},
@@ -316,7 +329,8 @@ TEST_CASE("safetensors: each broken rule is refused by name") {
         {"{\"x\":{" + f32 + R"(},"y":{"dtype":"F32","shape":[2],"data_offsets":[4,12]}})", 12, "it overlaps another"},
         {"{\"x\":{" + f32 + R"(},"y":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}})", 8, "it overlaps another"},
         {one(R"("dtype":"F32","shape":[0],"data_offsets":[0,-0])"), 0, "data_offsets that are not"},
-        {"{\"x\":{" + f32 + R"(},"y":{"dtype":"F32","shape":[0],"data_offsets":[8,4]}})", 8, "its end is before its begin"},
+        {"{\"x\":{" + f32 + R"(},"y":{"dtype":"F32","shape":[0],"data_offsets":[8,4]}})", 8,
+         "its end is before its begin"},
         {one(R"("dtype":"F32","shape":[1099511627776,1099511627776,0],"data_offsets":[0,0])"), 0, "overflows"},
         {one(R"("dtype":"F32","shape":[4611686018427387904,2],"data_offsets":[0,0])"), 0, "overflows"},
         {one(R"("dtype":"F32","shape":[3],"data_offsets":[0,8])"), 8, "shape [3] and dtype F32 needs 96 bits"},
@@ -330,7 +344,8 @@ TEST_CASE("safetensors: each broken rule is refused by name") {
         const Bytes file = raw_file(c.header, c.data);
         std::vector<bnb::SourceTensor> got;
         bnb_error err = {};
-        CHECK_FALSE_MESSAGE(bnb::safetensors_parse(file.data(), file.size(), "dir/model.safetensors", &got, &err), c.header);
+        CHECK_FALSE_MESSAGE(bnb::safetensors_parse(file.data(), file.size(), "dir/model.safetensors", &got, &err),
+                            c.header);
         CHECK(err.code == BNB_E_FORMAT);
         CHECK(is_sentence(err));
         CHECK_MESSAGE(contains(err.msg, "dir/model.safetensors: "), err.msg);
@@ -348,7 +363,8 @@ TEST_CASE("safetensors: a cut file and a lying header length are refused") {
         CHECK(is_sentence(err));
         if (n < 8) CHECK(contains(err.msg, "too few"));
     }
-    for (uint64_t n : {uint64_t{100000001}, UINT64_MAX, UINT64_MAX - 7, uint64_t{100000000}, uint64_t(whole.size()), uint64_t(whole.size() - 7)}) {
+    for (uint64_t n : {uint64_t{100000001}, UINT64_MAX, UINT64_MAX - 7, uint64_t{100000000}, uint64_t(whole.size()),
+                       uint64_t(whole.size() - 7)}) {
         Bytes file = whole;
         memcpy(file.data(), &n, 8);
         std::vector<bnb::SourceTensor> got;
@@ -363,14 +379,15 @@ TEST_CASE("safetensors: messages stay one printable sentence whatever the names 
     const Bytes file = raw_file(bad, 0);
     std::vector<bnb::SourceTensor> got;
     bnb_error err = {};
-    CHECK_FALSE(bnb::safetensors_parse(file.data(), file.size(), "/" + std::string(600, 'p') + "\n/\xff.safetensors", &got, &err));
+    CHECK_FALSE(bnb::safetensors_parse(file.data(), file.size(), "/" + std::string(600, 'p') + "\n/\xff.safetensors",
+                                       &got, &err));
     CHECK(is_sentence(err));
     CHECK(contains(err.msg, "unknown dtype 'F99'"));
     CHECK(contains(err.msg, "?.safetensors"));
     for (const char *p = err.msg; *p; p++) CHECK(static_cast<unsigned char>(*p) >= 0x20);
 }
 
-// ---- directories and shards -------------------------------------------------------------------------------------------
+// ---- directories and shards ----------------------------------------------------------------------------------------
 
 TEST_CASE("checkpoint: shards are found through their index, and only beside it") {
     Env env;
@@ -378,7 +395,8 @@ TEST_CASE("checkpoint: shards are found through their index, and only beside it"
     const std::vector<Stored> all = tiny.tensors();
     const std::string map = [&] {
         std::string s;
-        for (size_t i = 0; i < all.size(); i++) s += (s.empty() ? "" : ",") + ("\"" + all[i].name + "\":\"part-" + (i % 2 ? "b" : "a") + ".safetensors\"");
+        for (size_t i = 0; i < all.size(); i++)
+            s += (s.empty() ? "" : ",") + ("\"" + all[i].name + "\":\"part-" + (i % 2 ? "b" : "a") + ".safetensors\"");
         return "{" + s + "}";
     }();
     std::vector<Stored> a, b;
@@ -394,11 +412,13 @@ TEST_CASE("checkpoint: shards are found through their index, and only beside it"
     write_bytes(dir.file("part-b.safetensors"), safetensors(b));
     loaded(env, dir.file(""));
     loaded(env, index); // the index itself
-    write_index(map); // accelerate: without the weight_map level
+    write_index(map);   // accelerate: without the weight_map level
     loaded(env, dir.file(""));
 
     std::vector<std::string> warnings;
-    env.on_log = [&](int32_t level, const char *line) { if (level >= BNB_LOG_WARN) warnings.push_back(line); };
+    env.on_log = [&](int32_t level, const char *line) {
+        if (level >= BNB_LOG_WARN) warnings.push_back(line);
+    };
     b.push_back(stored("extra", {1}, {1}));
     write_bytes(dir.file("part-b.safetensors"), safetensors(b));
     loaded(env, dir.file(""));
@@ -407,13 +427,15 @@ TEST_CASE("checkpoint: shards are found through their index, and only beside it"
 
     write_index(map.substr(0, map.size() - 1) + ",\"ghost\":\"part-a.safetensors\"}");
     check_refused(env, dir.file(""), BNB_E_FORMAT, "the index says that 'ghost' is in this file");
-    for (const char *name : {"../part-a.safetensors", "/etc/passwd", "sub/x", "..", ".", "", "a\\\\b", "x\\u0000.safetensors"}) {
+    for (const char *name :
+         {"../part-a.safetensors", "/etc/passwd", "sub/x", "..", ".", "", "a\\\\b", "x\\u0000.safetensors"}) {
         write_index(std::string("{\"weight_map\":{\"x\":\"") + name + "\"}}");
         check_refused(env, dir.file(""), BNB_E_FORMAT, "not the plain name of a file");
     }
     for (const char *json : {"[]", "{\"weight_map\":[]}", "{\"weight_map\":{\"x\":7}}", "{\"a\":{}}"}) {
         write_index(json);
-        check_refused(env, dir.file(""), BNB_E_FORMAT, contains(json, "x") || contains(json, "a\":{}") ? "not mapped to a file name" : "not an object");
+        check_refused(env, dir.file(""), BNB_E_FORMAT,
+                      contains(json, "x") || contains(json, "a\":{}") ? "not mapped to a file name" : "not an object");
     }
     write_index("{\"weight_map\":{\"x\":\"config.json\"}}");
     check_refused(env, dir.file(""), BNB_E_FORMAT, "config.json: not a safetensors file");
@@ -422,7 +444,10 @@ TEST_CASE("checkpoint: shards are found through their index, and only beside it"
 TEST_CASE("checkpoint: what is no safetensors checkpoint is named") {
     Env env;
     const std::string tar = std::string(257, 'x') + "ustar" + std::string(300, 0);
-    const struct { std::string bytes; const char *words; } files[] = {
+    const struct {
+        std::string bytes;
+        const char *words;
+    } files[] = {
         {"GGUF\3\0\0\0", "a GGUF file"},
         {std::string("PK\3\4") + std::string(40, 0), "a PyTorch checkpoint (a zip file of pickles)"},
         {"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19\x2e.", "before PyTorch 1.6"},
@@ -433,7 +458,11 @@ TEST_CASE("checkpoint: what is no safetensors checkpoint is named") {
         write_bytes(dir.file("weights"), bytes_of(f.bytes));
         check_refused(env, dir.file("weights"), BNB_E_UNSUPPORTED, f.words);
     }
-    const struct { const char *file; bnb_status code; const char *words; } directories[] = {
+    const struct {
+        const char *file;
+        bnb_status code;
+        const char *words;
+    } directories[] = {
         {"pytorch_model.bin", BNB_E_UNSUPPORTED, "pytorch_model.bin is a PyTorch checkpoint"},
         {"pytorch_model.bin.index.json", BNB_E_UNSUPPORTED, "an index of PyTorch checkpoints"},
         {"model.gguf", BNB_E_UNSUPPORTED, "model.gguf is a GGUF file"},
@@ -456,14 +485,23 @@ TEST_CASE("checkpoint: what is no safetensors checkpoint is named") {
 
 TEST_CASE("checkpoint: weights that are quantized already are refused by name") {
     Env env;
-    for (const auto &mark : std::map<std::string, std::string>{{"h.0.attn.c_attn.SCB", "int8"}, {"x.weight.quant_state.bitsandbytes__nf4", "nf4"},
-                                                               {"x.qweight", "GPTQ or AWQ"}, {"x.g_idx", "GPTQ"}, {"x.codebooks", "AQLM"},
-                                                               {"x.W_q", "HQQ"}, {"x.weight_scale_inv", "fp8"}}) {
+    for (const auto &mark : std::map<std::string, std::string>{{"h.0.attn.c_attn.SCB", "int8"},
+                                                               {"x.weight.quant_state.bitsandbytes__nf4", "nf4"},
+                                                               {"x.qweight", "GPTQ or AWQ"},
+                                                               {"x.g_idx", "GPTQ"},
+                                                               {"x.codebooks", "AQLM"},
+                                                               {"x.W_q", "HQQ"},
+                                                               {"x.weight_scale_inv", "fp8"}}) {
         TempDir dir;
         write_bytes(dir.file("model.safetensors"), safetensors({stored(mark.first, {1}, {1})}));
-        check_refused(env, dir.file(""), BNB_E_UNSUPPORTED, "already quantized (" + std::string(mark.second == "GPTQ or AWQ" ? mark.second : mark.second == "int8" || mark.second == "nf4" ? "bitsandbytes " + mark.second : mark.second));
+        check_refused(env, dir.file(""), BNB_E_UNSUPPORTED,
+                      "already quantized (" + std::string(mark.second == "GPTQ or AWQ" ? mark.second
+                                                          : mark.second == "int8" || mark.second == "nf4"
+                                                              ? "bitsandbytes " + mark.second
+                                                              : mark.second));
     }
-    for (const auto &method : std::map<std::string, std::string>{{R"({"quant_method":"gptq"})", "(gptq)"}, {R"({"load_in_8bit":true})", "(bitsandbytes)"}}) {
+    for (const auto &method : std::map<std::string, std::string>{{R"({"quant_method":"gptq"})", "(gptq)"},
+                                                                 {R"({"load_in_8bit":true})", "(bitsandbytes)"}}) {
         TempDir dir;
         Tiny tiny;
         tiny.more_config = ",\"quantization_config\":" + method.first;
@@ -472,15 +510,17 @@ TEST_CASE("checkpoint: weights that are quantized already are refused by name") 
     }
 }
 
-// ---- config.json ------------------------------------------------------------------------------------------------------
+// ---- config.json ---------------------------------------------------------------------------------------------------
 
 TEST_CASE("checkpoint: config.json and generation_config.json") {
     Env env;
     TempDir dir;
     Tiny tiny;
-    tiny.more_config = R"(,"activation_function":"gelu","n_inner":null,"layer_norm_epsilon":1e-6,"eos_token_id":3,"scale_attn_weights":false,"junk":[{}])";
+    tiny.more_config = R"(,"activation_function":"gelu","n_inner":null,"layer_norm_epsilon":1e-6,"eos_token_id":3,)"
+                       R"("scale_attn_weights":false,"bos_token_id":50256,"junk":[{}])";
     tiny.write(dir);
-    write_bytes(dir.file("generation_config.json"), bytes_of(R"({"eos_token_id":[5,6],"pad_token_id":4,"temperature":0.7,"top_k":20,"top_p":null})"));
+    write_bytes(dir.file("generation_config.json"),
+                bytes_of(R"({"eos_token_id":[5,6],"pad_token_id":4,"temperature":0.7,"top_k":20,"top_p":null})"));
     const File f = converted(env, dir.file(""), dir.file("x.bnb"), load_params(-1));
     CHECK(number(f, "config.n_embd") == 64);
     CHECK(number(f, "config.n_ff") == 256);
@@ -488,6 +528,7 @@ TEST_CASE("checkpoint: config.json and generation_config.json") {
     CHECK(number(f, "config.pad") == 4);
     CHECK(number(f, "config.top_k") == 20);
     CHECK(number(f, "config.tied") == 1);
+    CHECK(number(f, "config.bos") == -1); // not in the vocabulary
     uint64_t n = 0;
     const int64_t *eos = bnb_file_i64_array(f.get(), "config.eos", &n);
     CHECK(std::vector<int64_t>(eos, eos + n) == std::vector<int64_t>{5, 6});
@@ -508,14 +549,19 @@ TEST_CASE("checkpoint: a config.json that says nonsense is refused by key") {
     tiny.write(dir);
     std::string deep;
     for (int i = 0; i < 70; i++) deep += "[";
-    const struct { std::string json; bnb_status code; const char *words; } cases[] = {
+    const struct {
+        std::string json;
+        bnb_status code;
+        const char *words;
+    } cases[] = {
         {"", BNB_E_FORMAT, "not valid JSON"},
         {"[]", BNB_E_FORMAT, "not a JSON object"},
         {R"({"model_type":"gpt2",})", BNB_E_FORMAT, "not valid JSON at byte"},
         {"{\"a\":" + deep, BNB_E_FORMAT, "nested too deep"},
         {R"({"n_embd":64,"n_embd":65})", BNB_E_FORMAT, "'n_embd' stands twice"},
         {std::string("{}\0", 3), BNB_E_FORMAT, "NUL byte"},
-        {R"({"model_type":"openai-gpt"})", BNB_E_UNSUPPORTED, "the model_type 'openai-gpt' is not one of those that run here: gpt2, opt"},
+        {R"({"model_type":"openai-gpt"})", BNB_E_UNSUPPORTED,
+         "the model_type 'openai-gpt' is not one of those that run here: gpt2, opt"},
         {R"({"model_type":"gpt2","n_embd":"64"})", BNB_E_FORMAT, "'n_embd' is not a whole number"},
         {R"({"model_type":"gpt2","n_embd":64.5})", BNB_E_FORMAT, "'n_embd' is not a whole number"},
         {R"({"model_type":"gpt2","n_embd":18446744073709551615})", BNB_E_FORMAT, "'n_embd' is not a whole number"},
@@ -525,7 +571,8 @@ TEST_CASE("checkpoint: a config.json that says nonsense is refused by key") {
         {R"({"model_type":"gpt2","scale_attn_weights":1})", BNB_E_FORMAT, "'scale_attn_weights' is not true or false"},
         {R"({"model_type":"gpt2","activation_function":7})", BNB_E_FORMAT, "'activation_function' is not a string"},
         {R"({"model_type":"gpt2","activation_function":"quick_gelu"})", BNB_E_UNSUPPORTED, "'quick_gelu'"},
-        {R"({"model_type":"gpt2","eos_token_id":["a"]})", BNB_E_FORMAT, "'eos_token_id' is not a whole number or a list of them"},
+        {R"({"model_type":"gpt2","eos_token_id":["a"]})", BNB_E_FORMAT,
+         "'eos_token_id' is not a whole number or a list of them"},
         {R"({"model_type":"gpt2","n_head":7,"n_embd":64})", BNB_E_FORMAT, "do not divide"},
         {R"({"model_type":"gpt2","add_cross_attention":true})", BNB_E_UNSUPPORTED, "cross-attention"},
     };
@@ -546,7 +593,9 @@ TEST_CASE("checkpoint: without config.json the shapes say what it is") {
     tiny.conv1d = false;
     tiny.lm_head = tiny.lm_head_differs = true;
     std::vector<std::string> warnings;
-    env.on_log = [&](int32_t level, const char *line) { if (level >= BNB_LOG_WARN) warnings.push_back(line); };
+    env.on_log = [&](int32_t level, const char *line) {
+        if (level >= BNB_LOG_WARN) warnings.push_back(line);
+    };
     SUBCASE("a network that has no name") {
         tiny.C = 128, tiny.F = 512, tiny.L = 3;
         tiny.write(dir);
@@ -583,7 +632,7 @@ TEST_CASE("checkpoint: without config.json the shapes say what it is") {
     }
 }
 
-// ---- names and layouts ------------------------------------------------------------------------------------------------
+// ---- names and layouts ---------------------------------------------------------------------------------------------
 
 TEST_CASE("checkpoint: Conv1D and Linear, with and without prefix, are the same model") {
     Env env(2);
@@ -594,7 +643,8 @@ TEST_CASE("checkpoint: Conv1D and Linear, with and without prefix, are the same 
     const File want = converted(env, dir.file(""), dir.file("want.bnb"), load_params(-1));
     const bnb_tensor *square = bnb_file_find(want.get(), "h.1.attn.c_proj.weight");
     REQUIRE(square);
-    check_plain(square, linear.values["h.1.attn.c_proj.weight"], BNB_F32); // [out, in]; its transpose has the same shape
+    check_plain(square, linear.values["h.1.attn.c_proj.weight"],
+                BNB_F32); // [out, in]; its transpose has the same shape
     CHECK(linear.values["h.1.attn.c_proj.weight"] != transposed(linear.values["h.1.attn.c_proj.weight"], 64, 64));
     for (bool conv1d : {false, true})
         for (const char *prefix : {"", "transformer."}) {
@@ -633,7 +683,9 @@ TEST_CASE("checkpoint: layers that disagree, missing, unused and ill-shaped tens
         return list[0];
     };
     std::vector<std::string> warnings;
-    env.on_log = [&](int32_t level, const char *line) { if (level >= BNB_LOG_WARN) warnings.push_back(line); };
+    env.on_log = [&](int32_t level, const char *line) {
+        if (level >= BNB_LOG_WARN) warnings.push_back(line);
+    };
     SUBCASE("disagree") {
         std::swap(at("h.1.attn.c_attn.weight").shape[0], at("h.1.attn.c_attn.weight").shape[1]);
         tiny.write(dir, list);
@@ -643,19 +695,22 @@ TEST_CASE("checkpoint: layers that disagree, missing, unused and ill-shaped tens
         at("h.1.ln_1.weight").name = "x";
         at("h.1.ln_1.bias").name = "y";
         tiny.write(dir, list);
-        check_refused(env, dir.file(""), BNB_E_FORMAT, "lacks 2 of the 28 tensors of the network, the first is 'h.1.ln_1.weight' of shape [64]");
+        check_refused(env, dir.file(""), BNB_E_FORMAT,
+                      "lacks 2 of the 28 tensors of the network, the first is 'h.1.ln_1.weight' of shape [64]");
     }
     SUBCASE("a shape") {
         at("h.1.ln_1.weight").shape = {64, 1};
         tiny.write(dir, list);
-        check_refused(env, dir.file(""), BNB_E_SHAPE, "'transformer.h.1.ln_1.weight' has the shape [64, 1], but the configuration asks for [64]");
+        check_refused(env, dir.file(""), BNB_E_SHAPE,
+                      "'transformer.h.1.ln_1.weight' has the shape [64, 1], but the configuration asks for [64]");
     }
     SUBCASE("the shape of a Conv1D") {
         list.pop_back(); // ln_f.bias
         list.push_back(stored("transformer.ln_f.bias", {64}, Floats(64)));
         at("h.1.attn.c_attn.weight") = stored("transformer.h.1.attn.c_attn.weight", {64, 191}, Floats(64 * 191));
         tiny.write(dir, list);
-        check_refused(env, dir.file(""), BNB_E_SHAPE, "has the shape [64, 191], but the configuration asks for [64, 192]");
+        check_refused(env, dir.file(""), BNB_E_SHAPE,
+                      "has the shape [64, 191], but the configuration asks for [64, 192]");
     }
     SUBCASE("a dtype") {
         at("ln_f.weight").dtype = "I32";
@@ -686,7 +741,8 @@ TEST_CASE("checkpoint: layers that disagree, missing, unused and ill-shaped tens
     SUBCASE("the same name twice") {
         list.push_back(stored("ln_f.weight", {64}, Floats(64)));
         tiny.write(dir, list);
-        check_refused(env, dir.file(""), BNB_E_FORMAT, "'transformer.ln_f.weight' and 'ln_f.weight' are both 'ln_f.weight'");
+        check_refused(env, dir.file(""), BNB_E_FORMAT,
+                      "'transformer.ln_f.weight' and 'ln_f.weight' are both 'ln_f.weight'");
     }
     SUBCASE("the file alone, with its config.json beside it") {
         tiny.write(dir, list);
@@ -697,9 +753,15 @@ TEST_CASE("checkpoint: layers that disagree, missing, unused and ill-shaped tens
 TEST_CASE("checkpoint: tied and untied heads") {
     Env env;
     std::vector<std::string> warnings;
-    env.on_log = [&](int32_t level, const char *line) { if (level >= BNB_LOG_WARN) warnings.push_back(line); };
-    const struct { bool tied, lm_head, differs, has_head; size_t n_warnings; } cases[] = {
-        {true, false, false, false, 0}, {true, true, false, false, 0}, {true, true, true, true, 1}, {false, true, false, true, 0}, {false, true, true, true, 0},
+    env.on_log = [&](int32_t level, const char *line) {
+        if (level >= BNB_LOG_WARN) warnings.push_back(line);
+    };
+    const struct {
+        bool tied, lm_head, differs, has_head;
+        size_t n_warnings;
+    } cases[] = {
+        {true, false, false, false, 0}, {true, true, false, false, 0}, {true, true, true, true, 1},
+        {false, true, false, true, 0},  {false, true, true, true, 0},
     };
     for (const auto &c : cases) {
         TempDir dir;
@@ -731,7 +793,7 @@ TEST_CASE("checkpoint: tied and untied heads") {
     check_plain(bnb_file_find(f.get(), "wte.weight"), only_head.values["lm_head.weight"], BNB_F32);
 }
 
-// ---- what weights become ----------------------------------------------------------------------------------------------
+// ---- what weights become -------------------------------------------------------------------------------------------
 
 TEST_CASE("checkpoint: every tensor is what bnb_quantize makes of the right numbers") {
     Env env(2);
@@ -772,11 +834,13 @@ TEST_CASE("checkpoint: plain types, as stored or converted") {
     TempDir dir;
     Tiny tiny;
     std::vector<Stored> list = tiny.tensors();
-    list[2] = stored("transformer.h.0.ln_1.weight", {64}, tiny.values["h.0.ln_1.weight"], BNB_BF16); // dtypes may be mixed
+    list[2] =
+        stored("transformer.h.0.ln_1.weight", {64}, tiny.values["h.0.ln_1.weight"], BNB_BF16); // dtypes may be mixed
     tiny.write(dir, list);
     const File as_is = converted(env, dir.file(""), dir.file("a.bnb"), load_params(-1));
     for (const auto &v : tiny.values)
-        check_plain(bnb_file_find(as_is.get(), v.first.c_str()), v.second, v.first == "h.0.ln_1.weight" ? BNB_BF16 : BNB_F32);
+        check_plain(bnb_file_find(as_is.get(), v.first.c_str()), v.second,
+                    v.first == "h.0.ln_1.weight" ? BNB_BF16 : BNB_F32);
     for (int32_t type : {BNB_F16, BNB_BF16}) {
         bnb_load_params p = load_params(type);
         Tiny all;
@@ -785,7 +849,8 @@ TEST_CASE("checkpoint: plain types, as stored or converted") {
         for (const auto &v : all.values) check_plain(bnb_file_find(f.get(), v.first.c_str()), v.second, type);
         p.rest_type = BNB_F32;
         const File g = converted(env, dir.file(""), dir.file("c.bnb"), p);
-        for (const auto &v : all.values) check_plain(bnb_file_find(g.get(), v.first.c_str()), v.second, is_linear(v.first) ? type : BNB_F32);
+        for (const auto &v : all.values)
+            check_plain(bnb_file_find(g.get(), v.first.c_str()), v.second, is_linear(v.first) ? type : BNB_F32);
     }
 }
 
@@ -796,18 +861,23 @@ TEST_CASE("checkpoint: skip_modules and keep_in_fp32 follow transformers") {
     tiny.tied = false, tiny.lm_head = tiny.lm_head_differs = true;
     tiny.write(dir);
     // types of: h.0.attn.c_attn, h.1.attn.c_proj, h.1.mlp.c_proj, lm_head (weights), ln_f.weight, h.1.mlp.c_proj.bias
-    const char *names[] = {"h.0.attn.c_attn.weight", "h.1.attn.c_proj.weight", "h.1.mlp.c_proj.weight", "lm_head.weight", "ln_f.weight", "h.1.mlp.c_proj.bias"};
+    const char *names[] = {
+        "h.0.attn.c_attn.weight", "h.1.attn.c_proj.weight", "h.1.mlp.c_proj.weight", "lm_head.weight", "ln_f.weight",
+        "h.1.mlp.c_proj.bias"};
     const int32_t q = BNB_NF4, h = BNB_F16, s = BNB_F32;
-    const struct { const char *skip, *keep; int32_t types[6]; } cases[] = {
+    const struct {
+        const char *skip, *keep;
+        int32_t types[6];
+    } cases[] = {
         {nullptr, nullptr, {q, q, q, h, h, h}},
-        {"", nullptr, {q, q, q, q, h, h}},                      // a list, even an empty one, replaces the default
+        {"", nullptr, {q, q, q, q, h, h}}, // a list, even an empty one, replaces the default
         {"lm_head", nullptr, {q, q, q, h, h, h}},
-        {"c_proj", nullptr, {q, h, h, q, h, h}},                // a name's end
+        {"c_proj", nullptr, {q, h, h, q, h, h}}, // a name's end
         {" mlp.c_proj , lm_head", nullptr, {q, q, h, h, h, h}},
-        {"transformer.h.1,lm_head", nullptr, {q, h, h, h, h, h}}, // a name's beginning
-        {"h.1", nullptr, {q, q, q, q, h, h}},                   // neither
+        {"transformer.h.1,lm_head", nullptr, {q, h, h, h, h, h}},          // a name's beginning
+        {"h.1", nullptr, {q, q, q, q, h, h}},                              // neither
         {"transformer.h.[0-9].attn,lm_head", nullptr, {h, h, q, h, h, h}}, // a regular expression
-        {nullptr, "c_proj,transformer.ln_f", {q, s, s, h, s, s}}, // not quantized, and f32 with its bias
+        {nullptr, "c_proj,transformer.ln_f", {q, s, s, h, s, s}},          // not quantized, and f32 with its bias
         {nullptr, "lm_head", {q, q, q, s, h, h}},
     };
     for (const auto &c : cases) {
@@ -818,7 +888,7 @@ TEST_CASE("checkpoint: skip_modules and keep_in_fp32 follow transformers") {
         for (int i = 0; i < 6; i++) {
             const bnb_tensor *t = bnb_file_find(f.get(), names[i]);
             REQUIRE(t);
-            CHECK_MESSAGE(t->type == c.types[i], std::string(c.skip ? c.skip : "-") + ": " + names[i]);
+            CHECK_MESSAGE(t->type == c.types[i], (std::string(c.skip ? c.skip : "-") + ": " + names[i]));
         }
     }
     bnb_load_params p = load_params(BNB_NF4);
@@ -841,7 +911,12 @@ TEST_CASE("checkpoint: NaN and infinity are refused by the tensor's name") {
     Env env;
     TempDir dir;
     Tiny tiny;
-    const struct { const char *name; float value; int32_t type; const char *words; } cases[] = {
+    const struct {
+        const char *name;
+        float value;
+        int32_t type;
+        const char *words;
+    } cases[] = {
         {"h.1.mlp.c_fc.weight", NAN, BNB_NF4, "is NaN as f16, stored as F32"},
         {"h.1.mlp.c_fc.weight", INFINITY, BNB_INT8, "is infinite"},
         {"h.0.ln_2.bias", NAN, BNB_NF4, "is NaN"},
@@ -911,7 +986,8 @@ TEST_CASE("checkpoint: a .bnb file is loaded as it is") {
     p = load_params(-1);
     loaded(env, dir.file("x.bnb"), &p);
     p = load_params(BNB_INT8);
-    check_refused(env, dir.file("x.bnb"), BNB_E_UNSUPPORTED, "holds nf4 weights and is loaded as it is: for int8 make another file with ./quantize", &p);
+    check_refused(env, dir.file("x.bnb"), BNB_E_UNSUPPORTED,
+                  "holds nf4 weights and is loaded as it is: for int8 make another file with ./quantize", &p);
 }
 
 TEST_CASE("checkpoint: a .bnb file can be converted again") {
@@ -973,11 +1049,12 @@ TEST_CASE("checkpoint: the tokenizer comes along") {
     }
     write_bytes(dir.file("merges.txt"), bytes_of("#version: 0.2\na x\n"));
     bnb_error err = {};
-    CHECK_FALSE(Model(bnb_model_load(env, dir.file("").c_str(), nullptr, nullptr, &err))); // damaged is not the same as absent
+    CHECK_FALSE(
+        Model(bnb_model_load(env, dir.file("").c_str(), nullptr, nullptr, &err))); // damaged is not the same as absent
     CHECK(contains(err.msg, "merges.txt"));
 }
 
-// ---- converting: bytes, memory, failures ------------------------------------------------------------------------------
+// ---- converting: bytes, memory, failures ---------------------------------------------------------------------------
 
 TEST_CASE("checkpoint: the same input gives the same bytes, with any number of threads") {
     TempDir dir;
@@ -1012,7 +1089,7 @@ TEST_CASE("checkpoint: converting holds one tensor at a time") {
     };
     REQUIRE(convert(env, dir.file(""), dir.file("x.bnb"), load_params(BNB_NF4), &err, &result) == BNB_OK);
     const uint64_t n = 1024 * 256, largest = n * 2 + n / 2 + n / 64 * 4; // f16, codes, absmax
-    CHECK(bnb_env_bytes_peak(env) - before < largest + n / 2);
+    CHECK(bnb_env_bytes_peak(env) - before < largest + n);               // n: two arenas of metadata
     CHECK(result.n_tensors == 28);
     CHECK(result.n_quantized == 8);
     CHECK(result.bytes_out == read_bytes(dir.file("x.bnb")).size());
@@ -1096,7 +1173,7 @@ TEST_CASE("checkpoint: memory that runs out is an error at every place") {
         }
 }
 
-// ---- the writer -------------------------------------------------------------------------------------------------------
+// ---- the writer ----------------------------------------------------------------------------------------------------
 
 TEST_CASE("bnb writer: layout, keys and chunks") {
     Env env;
@@ -1105,13 +1182,16 @@ TEST_CASE("bnb writer: layout, keys and chunks") {
     Ctx ctx(bnb_ctx_create(env, &err));
     const bnb_quant dq = quant4(BNB_NF4, 64, true);
     const int64_t small[] = {3, 5}, large[] = {64, 512}, none[] = {0};
-    bnb_tensor *t[] = {bnb_tensor_new(ctx.get(), BNB_F16, nullptr, 2, small, "small"), bnb_tensor_new(ctx.get(), BNB_NF4, &dq, 2, large, "large"),
-                       bnb_tensor_new(ctx.get(), BNB_F32, nullptr, 1, none, "none"), bnb_tensor_new(ctx.get(), BNB_U8, nullptr, 2, small, "bytes")};
+    bnb_tensor *t[] = {bnb_tensor_new(ctx.get(), BNB_F16, nullptr, 2, small, "small"),
+                       bnb_tensor_new(ctx.get(), BNB_NF4, &dq, 2, large, "large"),
+                       bnb_tensor_new(ctx.get(), BNB_F32, nullptr, 1, none, "none"),
+                       bnb_tensor_new(ctx.get(), BNB_U8, nullptr, 2, small, "bytes")};
     REQUIRE(bnb_ctx_alloc(ctx.get(), env.cpu(), &err) == BNB_OK);
     Rng rng(3);
     for (bnb_tensor *x : t)
         for (int32_t p = 0; p < BNB_MAX_PLANES; p++)
-            for (uint64_t i = 0; i < bnb_plane_bytes(x->type, &x->quant, x->n_dims, x->shape, p); i++) static_cast<uint8_t *>(x->plane[p])[i] = uint8_t(rng.next());
+            for (uint64_t i = 0; i < bnb_plane_bytes(x->type, &x->quant, x->n_dims, x->shape, p); i++)
+                static_cast<uint8_t *>(x->plane[p])[i] = uint8_t(rng.next());
     t[1]->quant.nested_offset = 0.25f;
     const std::string path = dir.file("x.bnb");
     auto w = bnb::BnbWriter::create(path, &err);
@@ -1177,29 +1257,93 @@ TEST_CASE("bnb writer: what cannot be a file is refused") {
         w.reset();
         CHECK(TempDir::list(dir.file("")).empty());
     };
-    const auto add = [](bnb::BnbWriter &w, const std::string &name, const Shape &s) { w.add_tensor(name, BNB_F32, nullptr, s); };
-    attempt([&](auto &w) { add(w, "x", {2, 3}); return w.finish(&err); }, "'x' was added but not written");
+    const auto add = [](bnb::BnbWriter &w, const std::string &name, const Shape &s) {
+        w.add_tensor(name, BNB_F32, nullptr, s);
+    };
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {2, 3});
+            return w.finish(&err);
+        },
+        "'x' was added but not written");
     attempt([&](auto &w) { return w.write_tensor(x, &err); }, "more tensors are written");
-    attempt([&](auto &w) { add(w, "x", {3, 2}); return w.write_tensor(x, &err); }, "another type or shape");
-    attempt([&](auto &w) { add(w, "x", {2, 3}); return w.write_tensor(y, &err); }, "another type or shape");
-    attempt([&](auto &w) { add(w, "y", {2, 3}); return w.write_tensor(x, &err); }, "'x' is written where 'y' was added");
-    attempt([&](auto &w) { add(w, "x", {2}); add(w, "x", {3}); return w.finish(&err); }, "'x' was added twice");
-    attempt([&](auto &w) { w.add_key("k", true); w.add_key("k", 1.0); return w.finish(&err); }, "'k' was added twice");
-    attempt([&](auto &w) { w.add_key("", true); return w.finish(&err); }, "a key has no name");
-    attempt([&](auto &w) { add(w, std::string(96, 'n'), {2}); return w.finish(&err); }, "cannot be a tensor's name");
-    attempt([&](auto &w) { add(w, "x", {}); return w.finish(&err); }, "1 to 4 dimensions");
-    attempt([&](auto &w) { add(w, "x", {INT64_MAX, INT64_MAX}); return w.finish(&err); }, "cannot be stored");
-    attempt([&](auto &w) { add(w, "x", {-1}); return w.finish(&err); }, "cannot be stored");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {3, 2});
+            return w.write_tensor(x, &err);
+        },
+        "another type or shape");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {2, 3});
+            return w.write_tensor(y, &err);
+        },
+        "another type or shape");
+    attempt(
+        [&](auto &w) {
+            add(w, "y", {2, 3});
+            return w.write_tensor(x, &err);
+        },
+        "'x' is written where 'y' was added");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {2});
+            add(w, "x", {3});
+            return w.finish(&err);
+        },
+        "'x' was added twice");
+    attempt(
+        [&](auto &w) {
+            w.add_key("k", true);
+            w.add_key("k", 1.0);
+            return w.finish(&err);
+        },
+        "'k' was added twice");
+    attempt(
+        [&](auto &w) {
+            w.add_key("", true);
+            return w.finish(&err);
+        },
+        "a key has no name");
+    attempt(
+        [&](auto &w) {
+            add(w, std::string(96, 'n'), {2});
+            return w.finish(&err);
+        },
+        "cannot be a tensor's name");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {});
+            return w.finish(&err);
+        },
+        "1 to 4 dimensions");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {INT64_MAX, INT64_MAX});
+            return w.finish(&err);
+        },
+        "cannot be stored");
+    attempt(
+        [&](auto &w) {
+            add(w, "x", {-1});
+            return w.finish(&err);
+        },
+        "cannot be stored");
 }
 
-// ---- synthetic models -------------------------------------------------------------------------------------------------
+// ---- synthetic models ----------------------------------------------------------------------------------------------
 
 TEST_CASE("synthetic: memory footprints are those of transformers") {
     Env env;
-    const struct { const char *name; int32_t type; double gib; } cases[] = {
-        {"opt-350m", BNB_F32, 1.234},  {"opt-350m", BNB_F16, 0.617}, {"opt-350m", BNB_INT8, 0.335}, {"opt-350m", BNB_NF4, 0.194},
-        {"opt-350m", BNB_FP4, 0.194},  {"opt-1.3b", BNB_F32, 4.902}, {"opt-1.3b", BNB_F16, 2.451},  {"opt-1.3b", BNB_INT8, 1.326},
-        {"opt-1.3b", BNB_NF4, 0.763},  {"opt-6.7b", BNB_F16, 12.402}, {"opt-6.7b", BNB_INT8, 6.402}, {"opt-6.7b", BNB_NF4, 3.402},
+    const struct {
+        const char *name;
+        int32_t type;
+        double gib;
+    } cases[] = {
+        {"opt-350m", BNB_F32, 1.234},  {"opt-350m", BNB_F16, 0.617},  {"opt-350m", BNB_INT8, 0.335},
+        {"opt-350m", BNB_NF4, 0.194},  {"opt-350m", BNB_FP4, 0.194},  {"opt-1.3b", BNB_F32, 4.902},
+        {"opt-1.3b", BNB_F16, 2.451},  {"opt-1.3b", BNB_INT8, 1.326}, {"opt-1.3b", BNB_NF4, 0.763},
+        {"opt-6.7b", BNB_F16, 12.402}, {"opt-6.7b", BNB_INT8, 6.402}, {"opt-6.7b", BNB_NF4, 3.402},
         {"gpt2-xl", BNB_INT8, 1.528},  {"gpt2-xl", BNB_NF4, 0.841},
     };
     for (const auto &c : cases)
@@ -1212,7 +1356,8 @@ TEST_CASE("synthetic: memory footprints are those of transformers") {
             bnb_model_info info = {};
             info.struct_size = sizeof info;
             bnb_model_get_info(m.get(), &info);
-            CHECK_MESSAGE(std::fabs(double(info.footprint) / (1 << 30) - c.gib) <= 0.0005, c.name << " " << bnb_type_name(c.type));
+            CHECK_MESSAGE(std::fabs(double(info.footprint) / (1 << 30) - c.gib) <= 0.0005,
+                          c.name << " " << bnb_type_name(c.type));
             CHECK(info.linear_type == c.type);
         }
     CHECK(bnb_env_bytes_peak(env) < 16u << 20); // nothing but metadata was made
@@ -1260,7 +1405,7 @@ TEST_CASE("synthetic: weights depend on seed and name only, and look like weight
     bnb_session_free(s);
 }
 
-// ---- attacks ----------------------------------------------------------------------------------------------------------
+// ---- attacks -------------------------------------------------------------------------------------------------------
 
 TEST_CASE("attacks: every hostile file of the corpus is refused with a sentence") {
     Env env;

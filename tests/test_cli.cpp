@@ -1,6 +1,6 @@
 // test_cli.cpp: the programs as users meet them: exit status, stdout, stderr, files, Ctrl-C.
 //
-// Build: make test       (needs the programs in $BNB_BIN_DIR and the model in models/demo; runs in the source directory)
+// Build: make test       (needs the programs in $BNB_BIN_DIR, the model in models/demo, and to run where README.md is)
 // Not:   no speed and no terminal but one: what programs print on a real terminal is looked at by eye.
 #include <doctest/doctest.h>
 #include <sys/mount.h>
@@ -11,8 +11,9 @@
 #include "../bnb.h"
 #include "process.h"
 
-using process::exists, process::How, process::read_file, process::Result, process::run, process::TempDir, process::write_file;
 using nlohmann::json;
+using process::exists, process::How, process::read_file, process::Result, process::run, process::TempDir,
+    process::write_file;
 
 namespace {
 
@@ -75,7 +76,8 @@ TEST_CASE("cli: --help and --version go to stdout") {
         CHECK(longest <= 120);
     }
     const std::string help = run({"main", "-h"}).out;
-    for (const std::string option : {"-m, --model MODEL", "--temp T", "(default: 0.8)", "(default: 0.95)", "--no-display-prompt", "--kv-type auto|f16|f32"})
+    for (const std::string option : {"-m, --model MODEL", "--temp T", "(default: 0.8)", "(default: 0.95)",
+                                     "--no-display-prompt", "--kv-type auto|f16|f32"})
         CHECK_MESSAGE(contains(help, option), option);
 }
 
@@ -116,7 +118,8 @@ TEST_CASE("cli: wrong usage ends with status 2 and one sentence") {
 TEST_CASE("cli: files that are missing or are not models") {
     const TempDir dir;
     write_file(dir / "empty.bnb", "");
-    write_file(dir / "text.bnb", "this is no model, it is a text that is longer than the 64 bytes of a header would be");
+    write_file(dir / "text.bnb",
+               "this is no model, it is a text that is longer than the 64 bytes of a header would be");
     for (const std::string program : {"main", "bench"}) {
         check_failure({program, "-m", dir / "none.bnb"}, 1, "none.bnb");
         check_failure({program, "-m", dir / "empty.bnb"}, 1, "empty.bnb");
@@ -139,7 +142,8 @@ TEST_CASE("cli: a .bnb that was cut off or damaged is refused") {
     const TempDir dir;
     const std::string whole = read_file(DEMO);
     REQUIRE(whole.size() > 4096);
-    for (size_t n : {size_t(1), size_t(7), size_t(8), size_t(63), size_t(64), size_t(4095), size_t(4096), whole.size() / 2, whole.size() - 1}) {
+    for (size_t n : {size_t(1), size_t(7), size_t(8), size_t(63), size_t(64), size_t(4095), size_t(4096),
+                     whole.size() / 2, whole.size() - 1}) {
         write_file(dir / "cut.bnb", whole.substr(0, n));
         check_failure({"main", "-m", dir / "cut.bnb", "-p", "x"}, 1, "cut.bnb");
     }
@@ -158,7 +162,8 @@ TEST_CASE("cli: stdout is the prompt and the text, or the text only") {
     const Result both = run({"main", "-m", DEMO, "--temp", "0", "-p", "And God said", "-n", "12"});
     CHECK(both.out == "And God said" + text.out + "\n");
     CHECK(generate({"--no-display-prompt", "-p", "And God said", "-n", "12"}).out == text.out);
-    for (const std::string line : {"load time", "prompt eval time", "eval time", "tokens per second", "total time", "memory", "compute"})
+    for (const std::string line :
+         {"load time", "prompt eval time", "eval time", "tokens per second", "total time", "memory", "compute"})
         CHECK_MESSAGE(contains(text.err, line), line);
     CHECK(!contains(text.err, "\r")); // no progress bar: stderr is no terminal
     CHECK(generate({"-p", "x", "-n", "0"}).out == "");
@@ -203,9 +208,12 @@ TEST_CASE("cli: prompts: files, stdin, escapes, empty, too long") {
 TEST_CASE("cli: greedy text is the same at any number of threads, seeds repeat it") {
     const std::string text = generate({"-p", "In the beginning", "-n", "48", "-t", "1"}).out;
     CHECK(!text.empty());
-    for (const char *threads : {"2", "3", "8"}) CHECK(generate({"-p", "In the beginning", "-n", "48", "-t", threads}).out == text);
+    for (const char *threads : {"2", "3", "8"})
+        CHECK(generate({"-p", "In the beginning", "-n", "48", "-t", threads}).out == text);
     CHECK(generate({"-p", "In the beginning", "-n", "48", "--no-mmap"}).out == text);
-    const auto draw = [](const char *seed) { return generate({"-p", "In the beginning", "-n", "32", "--temp", "1", "-s", seed}); };
+    const auto draw = [](const char *seed) {
+        return generate({"-p", "In the beginning", "-n", "32", "--temp", "1", "-s", seed});
+    };
     CHECK(draw("7").out == draw("7").out);
     CHECK(draw("7").out != draw("8").out);
     CHECK(contains(draw("-1").err, "seed "));
@@ -218,7 +226,8 @@ TEST_CASE("cli: text ends before a stop string") {
         for (size_t n : {size_t(1), size_t(3), size_t(9)}) {
             const std::string stop = text.substr(at, n);
             CAPTURE(stop);
-            CHECK(generate({"-p", "And God said", "-n", "32", "--no-escape", "--stop", stop}).out == text.substr(0, text.find(stop)));
+            CHECK(generate({"-p", "And God said", "-n", "32", "--no-escape", "--stop", stop}).out ==
+                  text.substr(0, text.find(stop)));
         }
     CHECK(generate({"-p", "And God said", "-n", "32", "--stop", "never met \\n\\n\\n"}).out == text);
     const std::string first = text.substr(3, 2), second = text.substr(9, 4);
@@ -233,12 +242,15 @@ TEST_CASE("cli: --json prints one object and nothing else") {
     CHECK(j["prompt"] == "And \"God\"\n\x01\xEF\xBF\xBD");
     CHECK(j["n_generated"] == 8);
     CHECK(j["stop_reason"] == "length");
-    for (const std::string name : {"load_s", "prefill_tok_s", "decode_tok_s", "footprint_gib", "peak_bytes"}) CHECK_MESSAGE(j[name].is_number(), name);
+    for (const std::string name : {"load_s", "prefill_tok_s", "decode_tok_s", "footprint_gib", "peak_bytes"})
+        CHECK_MESSAGE(j[name].is_number(), name);
 
     const json bench = json::parse(run({"bench", "-m", DEMO, "-p", "16", "-n", "4", "-r", "1", "--json"}).out);
-    for (const std::string name : {"decode_tok_s", "prefill_tok_s", "load_s", "footprint_gib", "peak_bytes", "pct_of_bandwidth", "read_gb_s"})
+    for (const std::string name :
+         {"decode_tok_s", "prefill_tok_s", "load_s", "footprint_gib", "peak_bytes", "pct_of_bandwidth", "read_gb_s"})
         CHECK_MESSAGE(bench[name].get<double>() > 0, name);
-    const json ops = json::parse(run({"bench", "--ops", "--shape", "64,128", "--type", "int8", "-b", "1,4", "-r", "1", "--json"}).out);
+    const json ops = json::parse(
+        run({"bench", "--ops", "--shape", "64,128", "--type", "int8", "-b", "1,4", "-r", "1", "--json"}).out);
     REQUIRE(ops["ops"].size() == 2);
     CHECK(ops["ops"][1]["rows"] == 4);
     CHECK(ops["ops"][1]["us"].get<double>() > 0);
@@ -248,7 +260,8 @@ TEST_CASE("cli: --json prints one object and nothing else") {
     CHECK(model["n_layer"] == 6);
     CHECK(model["linear_type"] == "nf4");
     CHECK(model["tensors"].size() > 50);
-    const json ppl = json::parse(run({"perplexity", "-m", DEMO, "-f", "models/demo/train.py", "-c", "64", "--json"}).out);
+    const json ppl =
+        json::parse(run({"perplexity", "-m", DEMO, "-f", "models/demo/train.py", "-c", "64", "--json"}).out);
     CHECK(ppl["perplexity"].get<double>() > 1);
 }
 
@@ -275,7 +288,8 @@ TEST_CASE("cli: -i continues the conversation line by line") {
     REQUIRE(!first.empty());
     CHECK(r.out.compare(0, first.size(), first) == 0);
     const std::string middle = first.back() == '\n' ? "" : "\n";
-    const std::string second = generate({"--no-escape", "-p", "And God said\n" + first + middle + "And Moses said\n", "-n", "6"}).out;
+    const std::string second =
+        generate({"--no-escape", "-p", "And God said\n" + first + middle + "And Moses said\n", "-n", "6"}).out;
     CHECK(r.out == first + second);
     how.input = "";
     CHECK(generate({"-i"}, how).status == 0); // the end of input ends it
@@ -299,7 +313,8 @@ TEST_CASE("cli: quantize, inspect and main agree") {
     for (const Args &how : {Args{"--load-in-4bit"}, Args{"--load-in-4bit", "--double-quant"}, Args{"--load-in-8bit"}}) {
         const Args type = how[0] == "--load-in-8bit" ? Args{"--type", "int8"} : Args{"--type", "nf4"};
         CHECK(run(Args{"quantize", DEMO_HF, dir / "out.bnb"} + type + Args(how.begin() + 1, how.end())).status == 0);
-        const Result converted = run(Args{"main", "-m", dir / "out.bnb"} + ask), loaded = run(Args{"main", "-m", DEMO_HF} + how + ask);
+        const Result converted = run(Args{"main", "-m", dir / "out.bnb"} + ask),
+                     loaded = run(Args{"main", "-m", DEMO_HF} + how + ask);
         CHECK(loaded.status == 0);
         CHECK(loaded.out == converted.out);
         CHECK(!loaded.out.empty());
@@ -332,10 +347,13 @@ TEST_CASE("cli: an old file survives a full disk") {
 }
 
 TEST_CASE("cli: footprints of known models, as transformers prints them") {
-    const struct { std::string name, type, gib; } known[] = {
-        {"opt-1.3b", "int8", "1.326"}, {"opt-1.3b", "nf4", "0.763"}, {"opt-1.3b", "f16", "2.451"}, {"opt-1.3b", "f32", "4.902"},
-        {"opt-350m", "nf4", "0.194"},  {"opt-350m", "int8", "0.335"}, {"opt-350m", "f16", "0.617"}, {"opt-350m", "f32", "1.234"},
-        {"opt-6.7b", "nf4", "3.402"},  {"opt-6.7b", "int8", "6.402"}, {"opt-6.7b", "f16", "12.402"}, {"opt-6.7b", "f32", "24.805"},
+    const struct {
+        std::string name, type, gib;
+    } known[] = {
+        {"opt-1.3b", "int8", "1.326"}, {"opt-1.3b", "nf4", "0.763"},  {"opt-1.3b", "f16", "2.451"},
+        {"opt-1.3b", "f32", "4.902"},  {"opt-350m", "nf4", "0.194"},  {"opt-350m", "int8", "0.335"},
+        {"opt-350m", "f16", "0.617"},  {"opt-350m", "f32", "1.234"},  {"opt-6.7b", "nf4", "3.402"},
+        {"opt-6.7b", "int8", "6.402"}, {"opt-6.7b", "f16", "12.402"}, {"opt-6.7b", "f32", "24.805"},
     };
     for (const auto &k : known) {
         CAPTURE(k.name);
@@ -359,7 +377,9 @@ TEST_CASE("cli: perplexity") {
     CHECK(lines(nf4.out) == 1);
     CHECK(contains(nf4.err, "[1]"));
     CHECK(one.out == nf4.out);
-    const auto ppl = [&](const Args &more) { return json::parse(run(ask + more + Args{"--json"}).out)["perplexity"].get<double>(); };
+    const auto ppl = [&](const Args &more) {
+        return json::parse(run(ask + more + Args{"--json"}).out)["perplexity"].get<double>();
+    };
     const double full = ppl({"-m", DEMO_HF}), quantized = ppl({"-m", DEMO});
     CHECK(full > 1);
     CHECK(quantized == doctest::Approx(full).epsilon(0.1));

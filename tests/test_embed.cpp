@@ -39,9 +39,11 @@ TEST_CASE("embed: copied files build with the command in the banner and generate
     const TempDir dir;
     const std::string command = build_command(read_file("examples/embed/embed.c"));
     REQUIRE(!command.empty());
-    const std::string copy = "mkdir " + dir / "models" + " && cp bnb.h bnb.c examples/embed/embed.c " + dir.path() +
-                             " && cd models && cp model.h model.cpp arch.h gpt2.cpp opt.cpp tokenizer.h tokenizer.cpp unicode.inc"
-                             " sampler.cpp " + dir / "models";
+    const std::string copy =
+        "mkdir " + dir / "models" + " && cp bnb.h bnb.c examples/embed/embed.c " + dir.path() +
+        " && cd models && cp model.h model.cpp arch.h gpt2.cpp opt.cpp tokenizer.h tokenizer.cpp unicode.inc"
+        " sampler.cpp " +
+        dir / "models";
     REQUIRE(run_command({"sh", "-c", copy}).status == 0);
     How how;
     how.directory = dir.path();

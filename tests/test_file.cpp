@@ -152,7 +152,6 @@ std::vector<Attack> attacks() {
         spoil("key-array-count-" + number(v), {"key 3"}, [v](Image &f) { f.key(3).count = v; }, v == uint64_t{1} << 61);
     }
     spoil("key-array-misaligned", {"key 3"}, [](Image &f) { f.key(3).value += 4; });
-    spoil("key-array-made-of-a-string", {"key 2"}, [](Image &f) { f.key(2).kind = BNB_KEY_I64_ARRAY; });
 
     // types
     for (uint64_t v : {uint64_t{6}, uint64_t{7}, uint64_t{11}, uint64_t{255}, uint64_t{1} << 31, M32}) spoil("type-id-" + number(v), {"type 0"}, [v](Image &f) { f.type(0).id = static_cast<uint32_t>(v); }, v == 6);
@@ -428,15 +427,17 @@ TEST_CASE("file: every flipped byte behind the metadata is found by verify") {
     bnb_error err = {};
     File f = open_bytes(env, image.bytes, &err);
     REQUIRE(f);
+    std::string missed;
     for (uint64_t at = image.metadata_end(); at < image.bytes.size(); at++) {
         uint8_t bit = static_cast<uint8_t>(1 << rng.range(0, 7));
         image.bytes[at] ^= bit;
         err = {};
         bool found = bnb_file_verify(f.get(), &err) != BNB_OK;
         image.bytes[at] ^= bit;
-        if (!found) FAIL_CHECK("a flip at offset ", at, " of ", image.bytes.size(), " is not found");
+        if (!found) missed += " " + std::to_string(at);
         else check_refusal(err);
     }
+    CHECK_MESSAGE(missed == "", "flips at these offsets of ", image.bytes.size(), " are not found");
     CHECK(bnb_file_verify(f.get(), &err) == BNB_OK);
 }
 

@@ -328,7 +328,7 @@ TEST_CASE("formats: bytes of planes") {
     CHECK(plane(BNB_U8, {big / 2, 4}, 0) == UINT64_MAX);
     CHECK(plane(BNB_NF4, {1ll << 32, 1ll << 32}, 0) == UINT64_MAX);
     CHECK(plane(BNB_NF4, {1ll << 40, 1ll << 40, 1ll << 40}, 1) == UINT64_MAX);
-    CHECK(plane(BNB_F32, {big, big, 0}, 0) == 0); // nothing at all
+    CHECK(plane(BNB_F32, {big, big, 0}, 0) == UINT64_MAX); // nothing at all, but no index into it could be computed
     CHECK(plane(BNB_NF4, {0, 3}, 0, 48) == UINT64_MAX);
     CHECK(bnb_plane_bytes(BNB_NF4, nullptr, 1, &big, 0) == UINT64_MAX);
     CHECK(bnb_plane_bytes(99, nullptr, 1, &big, 0) == UINT64_MAX);
@@ -649,6 +649,22 @@ TEST_CASE("formats: dequantize converts plain tensors and reads any address") {
     for (int32_t p = 0; p < 4; p++) b.fill(p, a->plane(p));
     b->quant.nested_offset = (*a)->quant.nested_offset;
     CHECK(dequantize(env, *a, BNB_F32) == dequantize(env, b, BNB_F32));
+}
+
+TEST_CASE("formats: rows that start within a byte and within a block") {
+    Floats x = Rng(11).normals(5 * 33), one(33 * 33);
+    for (size_t i = 0; i < 33; i++) one[34 * i] = 1;
+    for (uint32_t disable : {0u, static_cast<uint32_t>(BNB_CPU_FAST)})
+        for (int32_t type : QUANT_TYPES) {
+            if (type == BNB_INT8) continue; // its products quantize x
+            Env env(1, disable);
+            bnb_quant q = quant4(type, 32, true);
+            Floats w = floats(dequantize(env, *quantize(env, to_data(x), type, {5, 33}, BNB_COMPAT_CUDA, 32, true), BNB_F32));
+            Floats y = run_op(env, [&](Net &net) { return bnb_linear(net.ctx, net.input({33, 33}, one), net.weight(type, {5, 33}, x, &q), nullptr); }, BNB_F32);
+            REQUIRE(y.size() == w.size());
+            for (size_t n = 0; n < 5; n++)
+                for (size_t k = 0; k < 33; k++) CHECK(y[5 * k + n] == w[33 * n + k]);
+        }
 }
 
 // ---- properties ------------------------------------------------------------------------------------------------------

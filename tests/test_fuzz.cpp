@@ -1,5 +1,5 @@
 // test_fuzz.cpp: the fuzz targets over the files of tests/attacks, so that they cannot rot. Run from the repository's root.
-#include "bnb_image.h"
+#include "tiny_model.h"
 
 #include "fuzz/fuzz_bnb.cpp"
 #include "fuzz/fuzz_tokenizer.cpp"
@@ -10,31 +10,31 @@ namespace {
 
 std::string base_name(const std::string &path) { return path.substr(path.rfind('/') + 1); }
 
-// A vocabulary of all bytes, a few merges and special tokens.
-bnb::TokenizerData small_vocabulary() {
-    bnb::TokenizerData d;
-    for (int b = 0; b < 256; b++) d.tokens.push_back(std::string(1, static_cast<char>(b)));
-    auto merge = [&](int32_t left, int32_t right) {
-        int32_t id = static_cast<int32_t>(d.tokens.size());
-        d.tokens.push_back(d.tokens[static_cast<size_t>(left)] + d.tokens[static_cast<size_t>(right)]);
-        d.merges.push_back({left, right, id});
-        return id;
-    };
-    int32_t he = merge('h', 'e'), ll = merge('l', 'l');
-    merge(merge(he, ll), 'o');
-    d.flags.assign(d.tokens.size(), 0);
-    d.tokens.push_back("<|end|>");
-    d.flags.push_back(bnb::TOKEN_ADDED | bnb::TOKEN_SPECIAL);
-    d.eos = d.bos = static_cast<int32_t>(d.tokens.size()) - 1;
-    d.add_bos = true;
-    return d;
-}
-
 std::vector<uint8_t> tokenizer_input(const std::string &text, const std::string &chunk) {
     std::vector<uint8_t> v = {static_cast<uint8_t>(text.size()), static_cast<uint8_t>(text.size() >> 8)};
     v.insert(v.end(), text.begin(), text.end());
     v.insert(v.end(), chunk.begin(), chunk.end());
     return v;
+}
+
+// tests/attacks/tokenizer: what a fuzzer starts from.
+void write_seeds(const std::string &dir, const std::string &text) {
+    const std::string chunk = bnb::serialize(tiny_vocabulary());
+    auto put = [&](const std::string &name, const std::string &bytes) { write_bytes(dir + "/" + name + ".bin", tokenizer_input(text, bytes)); };
+    bnb::TokenizerData digits = tiny_vocabulary(), llama = tiny_vocabulary(), loop = tiny_vocabulary(), outside = tiny_vocabulary();
+    digits.pattern = bnb::PATTERN_GPT2_DIGITS;
+    digits.add_prefix_space = true;
+    llama.pattern = bnb::PATTERN_LLAMA3;
+    llama.ignore_merges = true;
+    loop.merges[0].result = loop.merges[0].left; // not the concatenation
+    outside.merges[0].right = 1 << 20;
+    put("good-gpt2", chunk);
+    put("good-digits", bnb::serialize(digits));
+    put("good-llama3", bnb::serialize(llama));
+    put("merge-result", bnb::serialize(loop));
+    put("merge-outside", bnb::serialize(outside));
+    put("cut", chunk.substr(0, chunk.size() / 2));
+    put("too-many-tokens", std::string("\1\0\0\0\xff\xff\xff\x7f\0\0\0\0\0\0\0", 15));
 }
 
 } // namespace
@@ -70,13 +70,17 @@ TEST_CASE("fuzz: the target reaches what lies behind the hash") {
 }
 
 TEST_CASE("fuzz: tokenizers") {
-    for (const std::string &path : TempDir::list("tests/attacks/tokenizer")) {
-        std::vector<uint8_t> bytes = read_bytes(path);
-        fuzz_tokenizer(bytes.data(), bytes.size());
-    }
-    const std::string text = "hello <|end|> world \xff\xc3", chunk = bnb::serialize(small_vocabulary());
+    const std::string text = "hello <|end|> world \xff\xc3", chunk = bnb::serialize(tiny_vocabulary());
     const std::vector<uint8_t> good = tokenizer_input(text, chunk);
     CHECK(fuzz_tokenizer(good.data(), good.size()) == 2);
+    if (const char *dir = std::getenv("BNB_WRITE_ATTACKS")) write_seeds(std::string(dir) + "/../tokenizer", text);
+    std::vector<std::string> files = TempDir::list("tests/attacks/tokenizer");
+    CHECK(files.size() >= 5);
+    for (const std::string &path : files) {
+        CAPTURE(path);
+        std::vector<uint8_t> bytes = read_bytes(path);
+        CHECK((base_name(path).compare(0, 4, "good") == 0) == (fuzz_tokenizer(bytes.data(), bytes.size()) == 2));
+    }
     for (size_t n = 0; n < good.size(); n++) CHECK(fuzz_tokenizer(good.data(), n) == 0);
     Rng rng(11);
     int results[3] = {};

@@ -156,7 +156,7 @@ Case linear_case(Net &net, Rng &rng, int32_t type, int64_t T) {
         b = rounded(bias_type, v);
     }
     auto want = [=] { return product(x.values, activation.rows ? activation : Matrix{N, K, decode(w)}, b).v; };
-    // int8 rounds its result to f16, and x to 8 bits
+    // int8 rounds x to 8 bits
     Case c = {bnb_linear(net.ctx, x.tensor, w, bias), want, type == BNB_INT8 ? 0.03 : 2e-6};
     c.may_be_bf16 = type != BNB_INT8;
     return c;
@@ -437,8 +437,9 @@ struct Int8Result {
     bool outliers = false;
 };
 
-// weights_as_f16: bitsandbytes rounds the outliers' weights to the type of its x; ours is f32.
-Int8Result int8_reference(Env &env, const Int8Problem &p, bool weights_as_f16 = false) {
+// in_f16: as bitsandbytes computes for an f16 x, rounding the int8 product and the outliers' weights to f16; for an f32 x
+// (ours always is) nothing is rounded on the way.
+Int8Result int8_reference(Env &env, const Int8Problem &p, bool in_f16 = false) {
     Int8Result r;
     size_t K = static_cast<size_t>(p.K), N = static_cast<size_t>(p.N), T = static_cast<size_t>(p.T);
     Int8Tensor w = quantize_rows(env, p.w, p.N, p.K);
@@ -462,17 +463,14 @@ Int8Result int8_reference(Env &env, const Int8Problem &p, bool weights_as_f16 = 
                 if (!(by_column ? column[k] : element[t * K + k])) continue;
                 volatile float scaled = static_cast<float>(w.codes[n * K + k]) * w.scb[n];
                 float weight = scaled * 7.874015718698502e-3f;
-                if (weights_as_f16) weight = to_f16(static_cast<double>(weight));
+                if (in_f16) weight = to_f16(static_cast<double>(weight));
                 extra += static_cast<double>(p.x[t * K + k]) * static_cast<double>(weight);
             }
             float b = p.bias_type < 0 ? 0 : static_cast<float>(round_to(p.bias_type, static_cast<double>(p.bias[n])));
             volatile float v = static_cast<float>(sum) * r.a.scb[t];
             v = v * w.scb[n];
-            float out = to_f16(static_cast<double>(std::fmaf(v, 6.200012e-05f, p.bias_type == BNB_F16 ? b : 0.0f)));
-            if (p.bias_type >= 0 && p.bias_type != BNB_F16) {
-                volatile float sum2 = out + b;
-                out = to_f16(static_cast<double>(sum2));
-            }
+            float out = std::fmaf(v, 6.200012e-05f, b);
+            if (in_f16) out = to_f16(static_cast<double>(out));
             r.y.push_back(out + static_cast<float>(extra));
         }
     return r;

@@ -274,7 +274,7 @@ TEST_CASE("plan: the memory of a 175B model is known while it is metadata") {
 TEST_CASE("plan: tensors that live at the same time never overlap") {
     Env env;
     int taken_over = 0;
-    for (uint64_t seed = 0; seed < 60; seed++) {
+    for (uint64_t seed = 0; seed < 150; seed++) {
         CAPTURE(seed);
         Net net(env);
         Rng rng(seed);
@@ -294,7 +294,7 @@ TEST_CASE("plan: tensors that live at the same time never overlap") {
 
 TEST_CASE("plan: without reuse more memory, the same bits") {
     Env env(2);
-    for (uint64_t seed = 0; seed < 40; seed++) {
+    for (uint64_t seed = 0; seed < 60; seed++) {
         CAPTURE(seed);
         std::vector<Floats> got[2];
         for (int no_reuse = 0; no_reuse < 2; no_reuse++) {
@@ -331,7 +331,7 @@ TEST_CASE("plan: without reuse more memory, the same bits") {
 
 TEST_CASE("plan: the same bits in every run, with any number of threads, for every type of weight") {
     for (int32_t type : WEIGHT_TYPES)
-        for (int64_t T : {1, 4, 21}) {
+        for (int64_t T : {1, 21}) {
             CAPTURE(type_name(type));
             CAPTURE(T);
             std::vector<Floats> first;
@@ -342,7 +342,7 @@ TEST_CASE("plan: the same bits in every run, with any number of threads, for eve
                 Net net(env);
                 Block b = build_block(net, type, T);
                 net.prepare(b.outputs);
-                for (int run = 0; run < 3; run++) {
+                for (int run = 0; run < 2; run++) {
                     net.again();
                     std::vector<Floats> now = results(net, b.outputs);
                     for (const Floats &v : now)

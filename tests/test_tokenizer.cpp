@@ -109,12 +109,14 @@ struct RandomText {
     uint32_t below(uint32_t n) { return rng() % n; }
 
     std::vector<uint32_t> make() {
+        // clang-format off
         static const std::vector<std::u32string> alphabets = {
             U" ab", U" \n\ta1.", U"'stremvdl a", U"'STREMVDL\u017F a", U"a1 \u00A0\u3000\u2028\u0085",
             U" \r\nab12!'", U"aaaaab ", U"0123456789 a\u00B2\u2167", U" .,;:!?-_()[]{}",
             U"e\u0301\u0302 \u0928\u092E\u0938\u094D", U"\u4F60\u597D\uFF0C \u3053\u1112",
             U"\U0001F468\u200D\U0001F469\uFE0F a", U"the of and ing er 's", U"\x01\x1C\x7F\u0080 a",
             U"\uFEFF\u200B\u180E\uFFFD a1", U"etaoin shrdlu"};
+        // clang-format on
         const std::u32string &alphabet = alphabets[below(uint32_t(alphabets.size()))];
         std::vector<uint32_t> text(1 + below(below(4) == 0 ? 60 : 12));
         for (uint32_t &c : text) c = below(50) == 0 ? 0 : uint32_t(alphabet[below(uint32_t(alphabet.size()))]);
@@ -886,9 +888,8 @@ TEST_CASE("tokenizer: tokenizer.json with a template, added tokens and a configu
     CHECK(data.tokens[299].empty());
     CHECK(data.flags[300] == (bnb::TOKEN_ADDED | bnb::TOKEN_RSTRIP | bnb::TOKEN_NORMALIZED));
     CHECK(tokens(*create(data), encode(*create(data), "ab<x> ab")) == Strings{"ab", "<x>", "ab"});
-    d.write(
-        "tokenizer_config.json",
-        R"({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": false, "add_eos_token": true,
+    d.write("tokenizer_config.json",
+            R"({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": false, "add_eos_token": true,
                 "add_prefix_space": true,
                 "added_tokens_decoder": {"301": {"content": "<y>", "special": true}}})");
     data = load(d.path.string());

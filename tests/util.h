@@ -114,6 +114,7 @@ inline double round_to(int32_t type, double v) {
 
 // The allocator of a test's env. New memory is full of 0xff (NaN as f32, -1 as i32), so what is read before it is written
 // shows. Bytes around every block are guarded: by AddressSanitizer where it is on, else by a look when they are freed.
+// Nothing here uses operator new, which may be made to fail as well (test_oom.cpp).
 class Memory {
 public:
     // The allocation to fail: 1 is the next one, 0 none. on_and_on: the ones after it as well.
@@ -124,18 +125,17 @@ public:
         n_failed_ = 0;
     }
     int64_t n_failed() const { return n_failed_; }
-    int64_t n_allocated() const { return n_allocated_; } // ever
-    size_t n_blocks() const { return blocks_.size(); }   // now
-    const std::string &fault() const { return fault_; }  // the first thing that went wrong, or ""
+    size_t n_blocks() const { return n_blocks_; }
+    std::string fault() const { return fault_; } // the first thing that went wrong, or ""
 
     // The block that p points into: its bytes. 0: none
     size_t block_of(const void *p, const uint8_t **begin) {
         std::lock_guard<std::mutex> hold(lock_);
-        auto it = blocks_.upper_bound(reinterpret_cast<uintptr_t>(p));
-        if (it == blocks_.begin()) return 0;
-        --it;
-        *begin = reinterpret_cast<const uint8_t *>(it->first);
-        return reinterpret_cast<uintptr_t>(p) - it->first < it->second.size ? it->second.size : 0;
+        for (const Block *b = first_; b; b = b->next) {
+            *begin = reinterpret_cast<const uint8_t *>(b) + sizeof(Block) + GUARD;
+            if (p >= *begin && p < *begin + b->size) return b->size;
+        }
+        return 0;
     }
 
     static void *hook(void *user, void *old, size_t old_size, size_t new_size, size_t align) {
@@ -144,64 +144,73 @@ public:
         void *p = new_size ? m->take(new_size, align) : nullptr;
         if (new_size && !p) return nullptr;
         if (old && p) std::memcpy(p, old, old_size < new_size ? old_size : new_size);
-        if (old) m->give(old, old_size);
+        if (old) m->give(static_cast<uint8_t *>(old), old_size);
         return p;
     }
 
 private:
     enum { GUARD = 64, GUARD_BYTE = 0xA5, NEW_BYTE = 0xff, OLD_BYTE = 0xdd };
-    struct Block {
-        size_t size, front; // front: guard bytes before it
+    struct Block { // then GUARD bytes, then the caller's, then GUARD bytes
+        Block *next, *previous;
+        size_t size, front; // front: from what malloc gave to the caller's bytes
+        uint64_t magic;
     };
+    static constexpr uint64_t MAGIC = 0x626e62746d656d21;
     std::mutex lock_;
-    std::map<uintptr_t, Block> blocks_;
-    std::string fault_;
-    int64_t fail_at_ = 0, n_failed_ = 0, n_allocated_ = 0;
+    Block *first_ = nullptr;
+    char fault_[160] = "";
+    int64_t fail_at_ = 0, n_failed_ = 0;
+    size_t n_blocks_ = 0;
     bool on_and_on_ = false;
 
     void *take(size_t size, size_t align) {
-        n_allocated_++;
         if (fail_at_ > 0 && --fail_at_ == 0) {
             if (on_and_on_) fail_at_ = 1;
             n_failed_++;
             return nullptr;
         }
-        if (align == 0 || (align & (align - 1)) || align > 4096) note("an alignment that is not a power of two up to 4096");
-        size_t front = align < GUARD ? static_cast<size_t>(GUARD) : align;
+        if (align == 0 || (align & (align - 1)) || align > 4096) return note("an alignment that is not a power of two up to 4096", align), nullptr;
+        size_t front = align < 128 ? 128 : align;
+        static_assert(sizeof(Block) + GUARD <= 128, "the front holds both");
         void *raw = nullptr;
-        if (posix_memalign(&raw, front, front + size + GUARD)) return nullptr;
+        if (size > SIZE_MAX / 2 || posix_memalign(&raw, front, front + size + GUARD)) return nullptr;
         uint8_t *p = static_cast<uint8_t *>(raw) + front;
-        std::memset(raw, GUARD_BYTE, front);
+        Block *b = reinterpret_cast<Block *>(p - GUARD - sizeof(Block));
+        *b = {first_, nullptr, size, front, MAGIC};
+        if (first_) first_->previous = b;
+        first_ = b;
+        n_blocks_++;
+        std::memset(p - GUARD, GUARD_BYTE, GUARD);
         std::memset(p, NEW_BYTE, size);
         std::memset(p + size, GUARD_BYTE, GUARD);
-        ASAN_POISON_MEMORY_REGION(raw, front);
+        ASAN_POISON_MEMORY_REGION(p - GUARD, GUARD);
         ASAN_POISON_MEMORY_REGION(p + size, GUARD);
-        blocks_[reinterpret_cast<uintptr_t>(p)] = {size, front};
         return p;
     }
-    void give(void *old, size_t old_size) {
-        uint8_t *p = static_cast<uint8_t *>(old);
-        auto it = blocks_.find(reinterpret_cast<uintptr_t>(p));
-        if (it == blocks_.end()) return note("memory that was not allocated here, or was freed before, is freed");
-        Block b = it->second;
-        blocks_.erase(it);
-        if (old_size != b.size) note("a block of " + std::to_string(b.size) + " bytes is freed as one of " + std::to_string(old_size));
-        ASAN_UNPOISON_MEMORY_REGION(p - b.front, b.front + b.size + GUARD);
-        for (size_t i = 0; i < b.front; i++)
-            if (p[-1 - static_cast<ptrdiff_t>(i)] != GUARD_BYTE) return note("bytes before a block of " + std::to_string(b.size) + " were written");
-        for (size_t i = 0; i < GUARD; i++)
-            if (p[b.size + i] != GUARD_BYTE) return note("bytes behind a block of " + std::to_string(b.size) + " were written");
-        std::memset(p, OLD_BYTE, b.size);
-        std::free(p - b.front);
+    void give(uint8_t *p, size_t old_size) {
+        Block *b = reinterpret_cast<Block *>(p - GUARD - sizeof(Block));
+        if (b->magic != MAGIC) return note("memory that was not allocated here, or was freed before, is freed", old_size);
+        if (old_size != b->size) note("a block is freed with another size", old_size);
+        ASAN_UNPOISON_MEMORY_REGION(p - GUARD, GUARD + b->size + GUARD);
+        for (size_t i = 0; i < GUARD; i++) {
+            if (p[-1 - static_cast<ptrdiff_t>(i)] != GUARD_BYTE) note("bytes before a block were written, of size", b->size);
+            if (p[b->size + i] != GUARD_BYTE) note("bytes behind a block were written, of size", b->size);
+        }
+        (b->previous ? b->previous->next : first_) = b->next;
+        if (b->next) b->next->previous = b->previous;
+        n_blocks_--;
+        b->magic = 0;
+        std::memset(p, OLD_BYTE, b->size);
+        std::free(p - b->front);
     }
-    void note(const std::string &what) {
-        if (fault_.empty()) fault_ = what;
+    void note(const char *what, size_t number) {
+        if (!fault_[0]) std::snprintf(fault_, sizeof fault_, "%s: %zu", what, number);
     }
 };
 
 // ---- messages --------------------------------------------------------------------------------------------------------
 
-inline std::string text(const bnb_error &err) { return std::string(err.msg, strnlen(err.msg, sizeof text(err))); }
+inline std::string text(const bnb_error &err) { return std::string(err.msg, strnlen(err.msg, sizeof err.msg)); }
 inline std::string type_name(int32_t type) { return bnb_type_name(type) ? bnb_type_name(type) : "?"; }
 inline std::string op_name(int32_t op) { return bnb_op_name(op) ? bnb_op_name(op) : "?"; }
 inline bool contains(const std::string &text, const std::string &part) { return text.find(part) != std::string::npos; }

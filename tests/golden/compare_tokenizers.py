@@ -4,10 +4,10 @@
 Run:  pip install tokenizers transformers
       python3 tests/golden/compare_tokenizers.py TOOL_ENCODE [TEXT_FILE_OR_DIR ...]
 
-TOOL_ENCODE is the program made from tests/tool_encode.cpp. Without texts it takes some that Debian installs. Every kind of
-tokenizer that models/tokenizer_json.cpp reads is written by the packages themselves, encoded by both sides and compared
-id by id; then bnb's own export is read back by the packages. Prints one line for each comparison; exit status 1: a
-difference. Also prints both speeds on one thread.
+TOOL_ENCODE is the program made from tests/tool_encode.cpp. Without texts it takes some that Debian installs. Every kind
+of tokenizer that models/tokenizer_json.cpp reads is written by the packages themselves, encoded by both sides and
+compared id by id; then bnb's own export is read back by the packages. Prints one line for each comparison; exit status
+1: a difference. Also prints both speeds, in bytes per second of CPU time on one thread.
 """
 import json
 import os
@@ -31,10 +31,11 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 DEFAULT_TEXTS = ["/usr/share/doc", "/usr/share/vim", "/usr/share/perl", "/usr/lib/python3", "/usr/share/applications",
                  "/usr/share/i18n"]
 ALPHABETS = [
-    " ab", " \n\ta1.", "'stremvdl aSTREMVDL\u017f", "a1 \u00a0\u3000\u2028\u0085", " \r\nab12!'", "aaaaaab ", "0123456789 a\u00b2\u2167",
-    " .,;:!?-_()[]{}<>|/\\\"'`~@#$%^&*+=", "e\u0301\u0302 \u0928\u092e\u0938\u094d\u0924\u0947 \u05e9\u05c1", "\u4f60\u597d\uff0c \u3053\u3093\u1112\u1161\u11ab",
-    "\U0001f468\u200d\U0001f469\ufe0f\U0001f1e9 a", "the of and ing tion er 's", "\x00\x01\x1c\x1f\x7f\x80\x9f a", "\ufeff\u200b\u180e\ufffd a1",
-    "<|endoftx>s/[]\u0120", "fo d[LR] B_1",
+    " ab", " \n\ta1.", "'stremvdl aSTREMVDL\u017f", "a1 \u00a0\u3000\u2028\u0085", " \r\nab12!'", "aaaaaab ",
+    "0123456789 a\u00b2\u2167", " .,;:!?-_()[]{}<>|/\\\"'`~@#$%^&*+=",
+    "e\u0301\u0302 \u0928\u092e\u0938\u094d\u0924\u0947 \u05e9\u05c1", "\u4f60\u597d\uff0c \u3053\u3093\u1112\u1161\u11ab",
+    "\U0001f468\u200d\U0001f469\ufe0f\U0001f1e9 a", "the of and ing tion er 's",
+    "\x00\x01\x1c\x1f\x7f\x80\x9f a", "\ufeff\u200b\u180e\ufffd a1", "<|endoftx>s/[]\u0120", "fo d[LR] B_1",
 ]
 
 
@@ -49,8 +50,8 @@ def random_strings(n, seed):
 def marked_strings(n, seed):
     """Strings with added tokens in them, next to everything that can decide whether they count."""
     rng = random.Random(seed)
-    parts = ["<|endoftext|>", "foo", "fo", "food", "[L]", "[R]", "[LR]", " B", " ", "  ", "\n", "\u00a0", "x", "1", "_", "\u0301", ".", "<", "</s>",
-             "<s>", "<pad>", "\u2167", "\u200d", "the"]
+    parts = ["<|endoftext|>", "foo", "fo", "food", "[L]", "[R]", "[LR]", " B", " ", "  ", "\n", "\u00a0", "x", "1", "_",
+             "\u0301", ".", "<", "</s>", "<s>", "<pad>", "\u2167", "\u200d", "the"]
     for _ in range(n):
         yield "".join(rng.choices(parts, k=rng.randint(1, 9)))
 
@@ -98,13 +99,14 @@ def compare(name, texts, mine, theirs):
         print(f"    {ascii(texts[i][:200])}\n      ours   {mine[i][:40]}\n      theirs {theirs[i][:40]}")
 
 
-def bpe(**kwargs):
-    merges = [tuple(line.split(" ")) for line in open(GPT2 / "merges.txt", encoding="utf-8").read().split("\n")[1:] if line]
+def bpe(n_merges, **kwargs):
+    lines = (GPT2 / "merges.txt").read_text().split("\n")[1:n_merges + 1]
+    merges = [tuple(line.split(" ")) for line in lines]
     return BPE(vocab=json.load(open(GPT2 / "vocab.json")), merges=merges, **kwargs)
 
 
-def byte_level(pre=None, **kwargs):
-    t = Tokenizer(bpe(**kwargs))
+def byte_level(pre=None, n_merges=50_000, **kwargs):
+    t = Tokenizer(bpe(n_merges, **kwargs))
     t.pre_tokenizer = pre or pre_tokenizers.ByteLevel(add_prefix_space=False)
     t.decoder = decoders.ByteLevel()
     return t
@@ -121,7 +123,8 @@ def kinds():
         "prefix space": byte_level(pre_tokenizers.ByteLevel(add_prefix_space=True)),
         "digits": byte_level(digits),
         "llama3": byte_level(split),
-        "llama3 + ignore_merges": byte_level(split, ignore_merges=True),
+        "half the merges": byte_level(n_merges=25_000),  # so that half the tokens cannot be reached by merging
+        "llama3 + ignore_merges, half the merges": byte_level(split, n_merges=25_000, ignore_merges=True),
     }
     for t in made.values():
         t.add_special_tokens(["<|endoftext|>"])
@@ -129,7 +132,8 @@ def kinds():
     t.add_special_tokens(["<|endoftext|>", AddedToken("</s>", lstrip=True, rstrip=True), "<s>"])
     t.add_tokens([AddedToken("foo", single_word=True, normalized=False), AddedToken("fo", normalized=True),
                   AddedToken("food", normalized=False), AddedToken("[L]", lstrip=True, normalized=False),
-                  AddedToken("[R]", rstrip=True), AddedToken("[LR]", lstrip=True, rstrip=True), AddedToken(" B", normalized=False)])
+                  AddedToken("[R]", rstrip=True), AddedToken("[LR]", lstrip=True, rstrip=True),
+                  AddedToken(" B", normalized=False)])
     t.post_processor = processors.TemplateProcessing(single="<s> $A </s>", pair="<s> $A $B </s>", special_tokens=[
         ("<s>", t.token_to_id("<s>")), ("</s>", t.token_to_id("</s>"))])
     return made
@@ -146,14 +150,15 @@ def compare_kinds(tool, texts):
                 theirs = [t.encode(s).ids for s in everything]
                 label = f"{name}, special tokens {'parsed' if parse else 'as text'}"
                 compare(label, everything, ours(tool, d, everything, "add", *["parse"] * parse), theirs)
-            exported = subprocess.run([tool, d, "export"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True).stdout
-            again = Tokenizer.from_str(exported.decode())
+            exported = subprocess.run([tool, d, "export"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, check=True)
+            again = Tokenizer.from_str(exported.stdout.decode())
             again.encode_special_tokens = True
-            compare(f"{name}, our export read by tokenizers", everything, theirs, [again.encode(s).ids for s in everything])
+            read_back = [again.encode(s).ids for s in everything]
+            compare(f"{name}, our export read by tokenizers", everything, theirs, read_back)
 
 
 def compare_code_points(tool):
-    """Every code point between letters, digits and spaces; those assigned lately may differ with the tables' versions."""
+    """Every code point between letters, digits and spaces; those assigned lately may differ with the tables' age."""
     t = byte_level()
     texts = [f"a{chr(c)}b 1{chr(c)}2 {chr(c)} {chr(c)}" for c in range(0x110000) if not 0xD800 <= c < 0xE000]
     mine, theirs = ours(tool, GPT2, texts), [t.encode(s).ids for s in texts]
@@ -166,14 +171,14 @@ def compare_code_points(tool):
 
 
 def compare_transformers(tool, texts):
-    """Directories with vocab.json + merges.txt, read by AutoTokenizer: GPT-2, and OPT's rules on a vocabulary of its shape."""
+    """vocab.json + merges.txt, read by AutoTokenizer: GPT-2, and OPT's rules on a vocabulary of its shape."""
     from transformers import AutoTokenizer
     vocab = json.load(open(GPT2 / "vocab.json"))
     order = [t for t in vocab if t != "<|endoftext|>"]
     random.Random(3).shuffle(order)
     opt = {t: i for i, t in enumerate(["<s>", "<pad>", "</s>", "<unk>"] + order + ["<|endoftext|>"])}
-    opt_config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False, "bos_token": "</s>",
-                  "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    opt_config = {"tokenizer_class": "GPT2Tokenizer", "add_bos_token": True, "add_prefix_space": False,
+                  "bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
     for name, table, config in (("gpt2", vocab, {"tokenizer_class": "GPT2Tokenizer"}), ("opt", opt, opt_config)):
         with tempfile.TemporaryDirectory() as d:
             d = pathlib.Path(d)
@@ -194,12 +199,13 @@ def compare_speed(tool, texts):
     t = byte_level()
     lines = text.split("\n")
     for name, parts in (("whole", [text]), ("lines", lines)):
-        start = time.perf_counter()
+        start = time.process_time()
         for part in parts:
             t.encode(part)
-        seconds = time.perf_counter() - start
+        seconds = time.process_time() - start
         done = subprocess.run([tool, str(GPT2), "time"], input=records(parts), stderr=subprocess.PIPE, check=True)
-        print(f"speed, {name}: tokenizers {len(text.encode()) / seconds / 1e6:.1f} MB/s; bnb {done.stderr.decode().split(chr(10))[1]}")
+        speed = len(text.encode()) / seconds / 1e6
+        print(f"speed, {name}: tokenizers {speed:.1f} MB/s; bnb {done.stderr.decode().splitlines()[1]}", flush=True)
 
 
 def main():
