@@ -127,8 +127,13 @@ int32_t bnb_progress(bnb_env *env, const char *phase, double fraction) {
 
 static void *bnb__default_alloc(void *user, void *old, size_t old_size, size_t new_size, size_t align) {
     (void)user;
+    enum { HUGE_PAGE = 2 << 20 };
     void *p = NULL;
-    if (new_size && posix_memalign(&p, BNB__MAX(align, sizeof(void *)), new_size)) return NULL;
+    int huge = new_size >= 2 * HUGE_PAGE; /* weights are read end to end: fewer page-table walks */
+    if (new_size && posix_memalign(&p, huge ? HUGE_PAGE : BNB__MAX(align, sizeof(void *)), new_size)) return NULL;
+#if defined(MADV_HUGEPAGE)
+    if (huge) (void)madvise(p, new_size, MADV_HUGEPAGE); /* a wish: nothing depends on it */
+#endif
     if (old) {
         if (p) memcpy(p, old, BNB__MIN(old_size, new_size));
         free(old);
@@ -2056,40 +2061,54 @@ BNB__INLINE BNB__AVX512 void bnb__dot_store_512(const bnb__linear *l, int64_t n,
     bnb__dot_store(l, n, sum, M, R);
 }
 
-/* nf4, fp4. A byte in each lane gives two weights: a table lookup (vpermps) reads only the low 4 bits of its index, so
- * v >> 4 finds the even element and v itself the odd one. xs: x with evens and odds of each 32 apart. C: weights that
- * surely share a scale. */
-BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n, const float *xs /* [M, K] */,
-                                                const float *absmax /* [R, K / B] */, __m512 map, int shift, const int C,
-                                                const int M, const int R)
+BNB__INLINE BNB__AVX512 __mmask16 bnb__mask16(int64_t n) /* the first n of 16 lanes */
+{
+    return n >= 16 ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
+}
+
+static int64_t bnb__dot4_padded(int64_t K) { return (K + 127) & ~(int64_t)127; }
+
+/* nf4, fp4. A lane holds 8 codes, and a table lookup (vpermps) reads only the low 4 bits of its index: shifting by 4 j
+ * bits finds element 8 lane + (j ^ 1) of each lane's 8, high nibbles first. xs: x in that order, zeros up to a multiple of
+ * 128. C: weights that surely share a scale; pattern: which of the step's scales a lane uses. */
+BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n, const float *xs /* [M, Kp] */,
+                                                const float *absmax /* [R, K / B] */, __m512 map, __m512i pattern, int shift,
+                                                const int C, const int M, const int R)
 {
     const uint8_t *q = l->codes + n * (l->K / 2);
-    int64_t K = l->K, nb = K >> shift;
+    int64_t K = l->K, Kp = bnb__dot4_padded(K), nb = K >> shift, k = 0;
     __m512 sum[8], part[8];
+    __m512i v[8];
     BNB__UNROLL for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < K; k += C) {
-        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__PF), _MM_HINT_T0);
-        BNB__UNROLL for (int c = 0; c < C; c += 32) {
-            __m512 even[8], odd[8];
-            BNB__UNROLL for (int r = 0; r < R; r++) {
-                __m512i v = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)(q + r * (K / 2) + (k + c) / 2)));
-                even[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4), map);
-                odd[r] = _mm512_permutexvar_ps(v, map);
-            }
-            BNB__UNROLL for (int m = 0; m < M; m++) {
-                __m512 x0 = _mm512_load_ps(xs + m * K + k + c), x1 = _mm512_load_ps(xs + m * K + k + c + 16);
-                BNB__UNROLL for (int r = 0; r < R; r++) {
-                    __m512 *p = &part[r * M + m];
-                    *p = c == 0 ? _mm512_mul_ps(even[r], x0) : _mm512_fmadd_ps(even[r], x0, *p);
-                    *p = _mm512_fmadd_ps(odd[r], x1, *p);
-                }
-            }
-        }
-        BNB__UNROLL for (int r = 0; r < R; r++) {
-            __m512 s = _mm512_set1_ps(absmax[r * nb + (k >> shift)]);
-            BNB__UNROLL for (int m = 0; m < M; m++) sum[r * M + m] = _mm512_fmadd_ps(part[r * M + m], s, sum[r * M + m]);
-        }
+#define BNB__STEP(LOAD, SCALE)                                                                                         \
+    BNB__UNROLL for (int r = 0; r < R; r++) v[r] = LOAD;                                                               \
+    BNB__UNROLL for (int j = 0; j < 8; j++) {                                                                          \
+        __m512 w[8];                                                                                                   \
+        BNB__UNROLL for (int r = 0; r < R; r++) w[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(v[r], 4 * j), map);     \
+        BNB__UNROLL for (int m = 0; m < M; m++) {                                                                      \
+            __m512 x = _mm512_load_ps(xs + m * Kp + k + 16 * j);                                                       \
+            BNB__UNROLL for (int r = 0; r < R; r++)                                                                    \
+                part[r * M + m] = j == 0 ? _mm512_mul_ps(w[r], x) : _mm512_fmadd_ps(w[r], x, part[r * M + m]);         \
+        }                                                                                                              \
+    }                                                                                                                  \
+    BNB__UNROLL for (int r = 0; r < R; r++) {                                                                          \
+        const float *a = absmax + r * nb + (k >> shift);                                                               \
+        __m512 s = SCALE;                                                                                              \
+        BNB__UNROLL for (int m = 0; m < M; m++) sum[r * M + m] = _mm512_fmadd_ps(part[r * M + m], s, sum[r * M + m]);  \
     }
+    for (; k + 128 <= K; k += 128) {
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__PF), _MM_HINT_T0);
+        BNB__STEP(_mm512_loadu_si512(q + r * (K / 2) + k / 2),
+                  C == 128 ? _mm512_set1_ps(*a)
+                           : _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(C == 64 ? _mm_castpd_ps(_mm_load_sd((const double *)(const void *)a)) : _mm_loadu_ps(a))))
+    }
+    if (k < K) { /* half a step of 64, or less of 32 */
+        __mmask16 codes = (__mmask16)((1u << (K - k) / 8) - 1);
+        __mmask8 scales = (__mmask8)((1u << (K - k) / C) - 1);
+        BNB__STEP(_mm512_maskz_loadu_epi32(codes, q + r * (K / 2) + k / 2),
+                  _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(_mm_maskz_loadu_ps(scales, a))))
+    }
+#undef BNB__STEP
     bnb__dot_store_512(l, n, sum, M, R);
 }
 
@@ -2099,24 +2118,24 @@ BNB__INLINE BNB__AVX512 void bnb__dot4_tile_512(const bnb__linear *l, int64_t n0
     int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);
     int64_t nb = l->K >> shift, n = n0;
     __m512 map = _mm512_loadu_ps(l->w->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map);
-    for (; n + R <= n1; n += R) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, shift, C, M, R);
-    for (; n < n1; n++) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, shift, C, M, 1);
+    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i pattern = C == 32 ? _mm512_srli_epi32(lane, 2) : _mm512_srli_epi32(lane, 3);
+    for (; n + R <= n1; n += R) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, R);
+    for (; n < n1; n++) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, 1);
 }
 
-/* Phase 0 separates even and odd elements: work is f32 [dot_m(M), K / 32, 2, 16]. */
+/* Phase 0 puts x in the order of the lookups: work is f32 [dot_m(M), Kp]. */
 static BNB__AVX512 void bnb__dot4_512(const bnb__job *job, int32_t phase, int64_t tile)
 {
     bnb__linear l = bnb__linear_of(job->y);
     float *xs = (float *)job->work;
     if (phase == 0) {
-        const float *x = (const float *)(l.x + tile * l.x_stride);
-        __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
-        __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
-        for (int64_t k = 0; k < l.K; k += 32) {
-            __m512 a = _mm512_setzero_ps(), b = a;
-            if (tile < l.M) a = _mm512_loadu_ps(x + k), b = _mm512_loadu_ps(x + k + 16);
-            _mm512_store_ps(xs + tile * l.K + k, _mm512_permutex2var_ps(a, even, b));
-            _mm512_store_ps(xs + tile * l.K + k + 16, _mm512_permutex2var_ps(a, odd, b));
+        const float *x = (const float *)(l.x + (tile < l.M ? tile : l.M - 1) * l.x_stride); /* rows beyond M: not stored */
+        int64_t Kp = bnb__dot4_padded(l.K);
+        const __m512i every8 = _mm512_set_epi32(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0);
+        for (int64_t k = 0; k < Kp; k += 16) { /* lane i: x[8 i + (j ^ 1)] of its 128 */
+            int64_t from = (k & ~(int64_t)127) + ((k >> 4 & 7) ^ 1), lanes = (l.K - (k & ~(int64_t)127)) / 8;
+            _mm512_store_ps(xs + tile * Kp + k, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), bnb__mask16(lanes), every8, x + from, 4));
         }
         return;
     }
@@ -2125,7 +2144,8 @@ static BNB__AVX512 void bnb__dot4_512(const bnb__job *job, int32_t phase, int64_
     const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);
 #define BNB__CALL(M, R)                                                                                                \
     if (l.w->quant.blocksize == 32) bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 32, M, R);                              \
-    else bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 64, M, R)
+    else if (l.w->quant.blocksize == 64) bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 64, M, R);                         \
+    else bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 128, M, R)
     BNB__DOT_SWITCH(l.M, BNB__CALL)
 #undef BNB__CALL
 }
@@ -2137,7 +2157,7 @@ static int64_t bnb__dot4_tiles_512(const bnb_tensor *y, int32_t phase)
 
 static uint64_t bnb__dot4_work_512(const bnb_tensor *y)
 {
-    return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * y->src[1]->shape[1]) * 4;
+    return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * bnb__dot4_padded(y->src[1]->shape[1])) * 4;
 }
 
 static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of a tile */
@@ -2153,11 +2173,6 @@ BNB__INLINE BNB__AVX512 __m512 bnb__load_512(const int type, const void *p, int6
     __m256i h = _mm256_maskz_loadu_epi16(mask, (const char *)p + 2 * i);
     return type == BNB_F16 ? _mm512_cvtph_ps(h)
                            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
-}
-
-BNB__INLINE __mmask16 bnb__mask16(int64_t n) /* the first n of 16 lanes */
-{
-    return n >= 16 ? (__mmask16)0xffff : n <= 0 ? (__mmask16)0 : (__mmask16)((1u << n) - 1);
 }
 
 BNB__INLINE __mmask64 bnb__mask64(int64_t n) { return n >= 64 ? ~0ull : n <= 0 ? 0 : (1ull << n) - 1; }

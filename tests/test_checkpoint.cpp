@@ -48,12 +48,12 @@ Stored stored(const std::string &name, const Shape &shape, const Floats &values,
 
 // A file with this header and so many bytes of data.
 Bytes raw_file(const std::string &header, size_t data_bytes) {
-    Bytes out(8);
     const uint64_t n = header.size();
-    memcpy(out.data(), &n, 8);
-    out.insert(out.end(), header.begin(), header.end());
+    std::string out(8, '\0');
+    memcpy(&out[0], &n, 8);
+    out += header;
     out.resize(out.size() + data_bytes);
-    return out;
+    return bytes_of(out);
 }
 
 std::string shape_json(const Shape &shape) {

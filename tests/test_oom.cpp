@@ -5,6 +5,8 @@
 // never fail: std::stable_sort and the like have another way when they do.
 #include "tiny_model.h"
 
+#include "../models/checkpoint.h"
+
 #include <atomic>
 #include <new>
 
@@ -333,6 +335,37 @@ TEST_CASE("oom: a model, from its file to three tokens") {
     auto scenario = [&](bnb_env *e, bnb_error *err) { return use_model(bnb_model_open(e, path.c_str(), &p, err), err); };
     CHECK(fail_env_allocations(env, scenario, true) > 30);
     CHECK(fail_new(env, scenario, 100) > 100);
+}
+
+TEST_CASE("oom: a Hugging Face directory, quantized on the way") {
+    const char source[] = "tests/golden/models/gpt2";
+    if (::access(source, R_OK)) {
+        MESSAGE("not found: ", std::string(source), "; the tests run in the repository's root");
+        return;
+    }
+    Env env(2);
+    TempDir dir;
+    const std::string target = dir.file("converted.bnb");
+    bnb_load_params p;
+    bnb_load_params_default(&p, sizeof p);
+    p.type = BNB_NF4;
+    p.double_quant = 1;
+    auto load = [&](bnb_env *e, bnb_error *err) -> bnb_status {
+        Model model(bnb_model_load(e, source, &p, nullptr, err));
+        return model ? bnb_status{BNB_OK} : err->code;
+    };
+    auto convert = [&](bnb_env *e, bnb_error *err) -> bnb_status {
+        bnb_convert_result r;
+        return bnb_convert_checkpoint(e, source, target.c_str(), &p, &r, err);
+    };
+    CHECK(fail_env_allocations(env, load) > 10);
+    CHECK(fail_env_allocations(env, convert) > 10);
+    // operator new is left alone here: destructors of nlohmann::json allocate, and a destructor that throws ends the process
+    CHECK(TempDir::list(dir.file("")).size() == 1); // no temporary file was left
+    bnb_error err = {};
+    File f(bnb_file_open(env, target.c_str(), 0, &err));
+    REQUIRE_MESSAGE(f, text(err));
+    CHECK(bnb_file_verify(f.get(), &err) == BNB_OK);
 }
 
 } // TEST_SUITE
