@@ -346,7 +346,7 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
         *out = {one.weights, one.state, out->work + one.work};
         std::string text(bnb_plan_describe(s.plan.get(), nullptr, 0) + 1, '\0');
         bnb_plan_describe(s.plan.get(), &text[0], text.size());
-        bf16 = text.find("_gemm_bf16") != std::string::npos;
+        bf16 = text.find("_gemm_bf16") != std::string::npos || text.find("_amx") != std::string::npos; // kernels of bf16 products
     }
     if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : bf16 ? "f32, bf16 for prompts" : "f32";
     return true;
