@@ -13,6 +13,7 @@
 #include "bnb_writer.h"
 #include "hf_config.h"
 #include "load_policy.h"
+#include "pytorch.h"
 #include "safetensors.h"
 #include "tokenizer_json.h"
 
@@ -135,8 +136,40 @@ bool bind_names(const Origin &o, Bound *bound, bnb_error *err) {
     return true;
 }
 
+// Rows of a strided tensor, by all threads.
+struct GatherJob {
+    const StridedView *view;
+    uint8_t *dst;
+    int64_t rows;       // of a part
+    uint64_t row_bytes; // dense
+};
+
+void gather_part(void *arg, int64_t i) {
+    const GatherJob &j = *static_cast<const GatherJob *>(arg);
+    const int64_t first = i * j.rows, n = std::min(j.rows, j.view->shape[0] - first);
+    strided_gather(*j.view, first, n, j.dst + uint64_t(first) * j.row_bytes);
+}
+
+// A tensor whose elements lie side by side: what it is, or a copy in *values. env NULL: made by this thread.
+SourceTensor dense_source(bnb_env *env, const SourceTensor &s, std::unique_ptr<uint8_t[]> *values) {
+    if (!s.strided) return s;
+    const int64_t n_rows = s.shape[0];
+    values->reset(new uint8_t[s.bytes]);
+    GatherJob job = {s.strided.get(), values->get(), env ? std::min<int64_t>(n_rows, 64) : n_rows,
+                     s.bytes / uint64_t(n_rows)};
+    const int64_t parts = (n_rows + job.rows - 1) / job.rows;
+    if (env) bnb_parallel(env, parts, gather_part, &job);
+    else gather_part(&job, 0);
+    SourceTensor dense = s;
+    dense.strided.reset();
+    dense.data = values->get();
+    return dense;
+}
+
 bool same_contents(const SourceTensor &a, const SourceTensor &b) {
-    return a.type == b.type && a.shape == b.shape && a.bytes == b.bytes && memcmp(a.data, b.data, a.bytes) == 0;
+    if (a.type != b.type || a.shape != b.shape || a.bytes != b.bytes) return false;
+    std::unique_ptr<uint8_t[]> a_values, b_values;
+    return memcmp(dense_source(nullptr, a, &a_values).data, dense_source(nullptr, b, &b_values).data, a.bytes) == 0;
 }
 
 // Decides whether the head is the token embedding. A head in the checkpoint is used, whatever the flag says (as in
@@ -359,18 +392,21 @@ bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item,
            check_finite(env, policy, item, dst, err); // int8 rounds to f16 first, which may overflow
 }
 
+// From a dense source.
+bool produce_dense(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    if (bnb_type_is_quantized(item.target.type) && !item.target.copy) return quantize_item(env, policy, item, dst, err);
+    if (item.target.copy) copy_planes(item.source->tensor, dst);
+    else if (!fill_values(env, item, dst, err)) return false;
+    return check_finite(env, policy, item, dst, err);
+}
+
 // Fills dst, RESIDENT and of the item's target type, and lets go of the source.
 bool produce(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
-    bool ok = true;
-    if (item.target.copy) {
-        copy_planes(item.source->tensor, dst);
-        ok = check_finite(env, policy, item, dst, err);
-    } else if (bnb_type_is_quantized(item.target.type)) {
-        ok = quantize_item(env, policy, item, dst, err);
-    } else {
-        ok = fill_values(env, item, dst, err) && check_finite(env, policy, item, dst, err);
-    }
-    release_pages(item.source->data, item.source->bytes);
+    std::unique_ptr<uint8_t[]> values;
+    const SourceTensor &s = *item.source, dense = dense_source(env, s, &values);
+    const bool ok = produce_dense(env, policy, {item.info, &dense, item.transpose, item.target}, dst, err);
+    if (s.strided) release_pages(s.strided->first, strided_extent(*s.strided));
+    else release_pages(s.data, s.bytes);
     return ok;
 }
 

@@ -1,8 +1,8 @@
-/* checkpoint.h: Hugging Face directories and safetensors files in, .bnb files out, quantizing on the way.
+/* checkpoint.h: Hugging Face directories, safetensors and PyTorch files in, .bnb files out, quantizing on the way.
  *
- * Use:   beside model.h's files compile checkpoint.cpp safetensors.cpp bnb_writer.cpp synthetic.cpp tokenizer_json.cpp
- *        (they need the header nlohmann/json.hpp, Debian's nlohmann-json3-dev).
- * Not:   PyTorch pickles, checkpoints that are already quantized: these come with a later version. */
+ * Use:   beside model.h's files compile checkpoint.cpp safetensors.cpp pytorch.cpp bnb_writer.cpp synthetic.cpp and
+ *        tokenizer_json.cpp (they need the header nlohmann/json.hpp, Debian's nlohmann-json3-dev).
+ * Not:   checkpoints that are already quantized: these come with a later version. */
 #ifndef BNB_CHECKPOINT_H
 #define BNB_CHECKPOINT_H
 
@@ -29,8 +29,8 @@ typedef struct bnb_load_params {
 
 void bnb_load_params_default(bnb_load_params *p, uint32_t struct_size);
 
-/* Opens a .bnb file, a Hugging Face directory, or a .safetensors file with its config.json beside it. load NULL: as
- * stored. A .bnb is mapped as it is; asking it for another type is an error (BNB_E_UNSUPPORTED) that names ./quantize. */
+/* Opens a .bnb file, a Hugging Face directory, or a file of safetensors or PyTorch with its config.json beside it (minGPT
+ * has none). load NULL: as stored. A .bnb is mapped as it is; asking it for another type is an error (BNB_E_UNSUPPORTED) that names ./quantize. */
 bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params,
                           bnb_error *err);
 /* A known configuration ("opt-125m" .. "opt-175b", "gpt2" .. "gpt2-xl", "gpt-mini", ...) with seeded random weights.

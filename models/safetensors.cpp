@@ -19,6 +19,8 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "pytorch.h"
+
 namespace bnb {
 
 using nlohmann::json;
@@ -53,6 +55,11 @@ static const uint8_t *find_ill_formed(const uint8_t *p, const uint8_t *end) {
         p += n;
     }
     return nullptr;
+}
+
+bool is_utf8(const std::string &text) {
+    const uint8_t *p = reinterpret_cast<const uint8_t *>(text.data());
+    return !find_ill_formed(p, p + text.size());
 }
 
 static std::string printable_all(const std::string &s) {
@@ -411,14 +418,7 @@ bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file
 
 // What kind of checkpoint a file is that begins like this, if it is one that we cannot read; NULL otherwise.
 static const char *foreign_format(const uint8_t *p, uint64_t n) {
-    static const uint8_t pickle_magic[] = {0x80, 0x02, 0x8A, 0x0A, 0x6C, 0xFC, 0x9C, 0x46,
-                                           0xF9, 0x20, 0x6A, 0xA8, 0x50, 0x19, 0x2E};
-    if (n >= 4 && memcmp(p, "GGUF", 4) == 0) return "a GGUF file";
-    if (n >= 4 && memcmp(p, "PK\x03\x04", 4) == 0) return "a PyTorch checkpoint (a zip file of pickles)";
-    if (n >= 15 && memcmp(p, pickle_magic, 15) == 0)
-        return "a PyTorch checkpoint in the form before PyTorch 1.6 (a stream of pickles)";
-    if (n >= 262 && memcmp(p + 257, "ustar", 5) == 0) return "a tar file, perhaps a very old PyTorch checkpoint";
-    return nullptr;
+    return n >= 4 && memcmp(p, "GGUF", 4) == 0 ? "a GGUF file" : nullptr;
 }
 
 static bool refuse_foreign(const std::string &path, const char *what, bnb_error *err) {
@@ -509,17 +509,25 @@ static std::vector<std::string> list_files(const std::string &dir, const char *e
     return names;
 }
 
+// What training scripts and adapters leave beside the weights.
+static bool is_side_file(const std::string &name) {
+    for (const char *other : {"adapter_model.safetensors", "adapter_model.bin", "training_args.bin", "optimizer.bin",
+                              "optimizer.pt", "scheduler.bin", "scheduler.pt", "scaler.pt", "rng_state.pth"})
+        if (name == other) return true;
+    return name.compare(0, 10, "rng_state_") == 0;
+}
+
 // The file in a directory that has the weights, or the index of those that have: transformers' order, then accelerate's
-// "the one index file", then the one safetensors file.
+// "the one index file", then the one safetensors file, then the one of PyTorch.
 static bool find_weights(const std::string &dir, std::string *path, bnb_error *err) {
-    for (const char *name : {"model.safetensors", "model.safetensors.index.json"}) {
+    for (const char *name :
+         {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}) {
         *path = dir + "/" + name;
         if (exists(*path)) return true;
     }
-    for (const char *end : {".index.json", ".safetensors"}) {
+    for (const char *end : {".index.json", ".safetensors", ".bin", ".pt", ".pth"}) {
         std::vector<std::string> names = list_files(dir, end);
-        names.erase(std::remove(names.begin(), names.end(), "pytorch_model.bin.index.json"), names.end());
-        names.erase(std::remove(names.begin(), names.end(), "adapter_model.safetensors"), names.end());
+        names.erase(std::remove_if(names.begin(), names.end(), is_side_file), names.end());
         if (names.size() > 1)
             return failed(err, BNB_E_ARG, "%s has %zu files whose names end in %s (%s, ...): name the one to load",
                           printable_path(dir).c_str(), names.size(), end, printable(names[0]).c_str());
@@ -531,10 +539,6 @@ static bool find_weights(const std::string &dir, std::string *path, bnb_error *e
     } others[] = {
         {"adapter_config.json", "a LoRA adapter, not a model"},
         {".gguf", "a GGUF file"},
-        {"pytorch_model.bin.index.json", "an index of PyTorch checkpoints (pickles)"},
-        {".bin", "a PyTorch checkpoint (pickles)"},
-        {".pt", "a PyTorch checkpoint (pickles)"},
-        {".pth", "a PyTorch checkpoint (pickles)"},
     };
     for (const auto &other : others) {
         std::vector<std::string> names = list_files(dir, other.end);
@@ -545,11 +549,22 @@ static bool find_weights(const std::string &dir, std::string *path, bnb_error *e
                   printable_path(dir).c_str());
 }
 
-bool Checkpoint::add_file(const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err) {
+// What the file begins with decides, or, if that says nothing, its name.
+static bool is_pytorch(const std::string &path, const MappedFile &file) {
+    const bool named = ends_with(path, ".bin") || ends_with(path, ".pt") || ends_with(path, ".pth");
+    return named || pytorch_is(file.data(), file.size());
+}
+
+bool Checkpoint::add_file(bnb_env *env, const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err) {
     std::unique_ptr<MappedFile> file = MappedFile::open(path, err);
     if (!file) return false;
     if (const char *what = foreign_format(file->data(), file->size())) return refuse_foreign(path, what, err);
-    if (!safetensors_parse(file->data(), file->size(), path, tensors, err)) return false;
+    std::vector<std::string> notes;
+    const bool ok = is_pytorch(path, *file) ? pytorch_parse(file->data(), file->size(), path, tensors, &notes, err)
+                                            : safetensors_parse(file->data(), file->size(), path, tensors, err);
+    if (!ok) return false;
+    for (const std::string &note : notes)
+        bnb_log(env, BNB_LOG_INFO, "%s: %s", printable_path(path).c_str(), note.c_str());
     files_.push_back(std::move(file));
     return true;
 }
@@ -589,7 +604,7 @@ bool Checkpoint::add_index(bnb_env *env, const std::string &path, bnb_error *err
     for (auto &shard : shards) {
         const std::string file = directory_ + "/" + shard.first;
         std::vector<SourceTensor> tensors;
-        if (!add_file(file, &tensors, err)) return false;
+        if (!add_file(env, file, &tensors, err)) return false;
         for (SourceTensor &t : tensors) {
             if (shard.second.erase(t.name)) tensors_.push_back(std::move(t));
             else
@@ -616,12 +631,8 @@ std::unique_ptr<Checkpoint> Checkpoint::open(bnb_env *env, const std::string &pa
         size_t slash = path.rfind('/');
         c->directory_ = slash == std::string::npos ? "." : slash == 0 ? "/" : path.substr(0, slash);
     }
-    if (ends_with(weights, "pytorch_model.bin.index.json")) {
-        refuse_foreign(weights, "an index of PyTorch checkpoints (pickles)", err);
-        return nullptr;
-    }
-    bool ok =
-        ends_with(weights, ".index.json") ? c->add_index(env, weights, err) : c->add_file(weights, &c->tensors_, err);
+    const bool ok = ends_with(weights, ".index.json") ? c->add_index(env, weights, err)
+                                                      : c->add_file(env, weights, &c->tensors_, err);
     if (!ok || !refuse_quantized(c->tensors_, err)) return nullptr;
     return c;
 }

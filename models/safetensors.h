@@ -1,7 +1,9 @@
 // safetensors.h: reads safetensors files, and checkpoints that are split into several of them, by mapping them.
 //
-// Not: no writing, no PyTorch pickles, no GGUF, no weights that are already quantized. These are recognised and refused
-//      with a sentence that says what they are.
+// Files of PyTorch are read by pytorch.h.
+//
+// Not: no writing, no GGUF, no weights that are already quantized. These are recognised and refused with a sentence
+//      that says what they are.
 //
 // A file is trusted in nothing: every count, offset and name is checked before it is used. What the maps show is the
 // file itself, so a file that another program shortens while it is mapped ends the process (SIGBUS), as with any mmap.
@@ -18,6 +20,8 @@
 
 namespace bnb {
 
+struct StridedView; // pytorch.h
+
 // One tensor of a checkpoint.
 struct SourceTensor {
     std::string name;
@@ -26,6 +30,7 @@ struct SourceTensor {
     std::vector<int64_t> shape; // outermost first
     const void *data = nullptr; // in the mapped file: may be unaligned, lives as long as the file
     uint64_t bytes = 0;
+    std::shared_ptr<const StridedView> strided; // PyTorch: set if its elements lie apart; data is NULL then
     const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
 };
 
@@ -56,8 +61,8 @@ bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file
 // A checkpoint of one or several files.
 class Checkpoint {
 public:
-    // path: a directory as Hugging Face lays it out, a safetensors file, or an index file of several. Tensors that the
-    // index does not list are left out, with a warning in env's log.
+    // path: a directory as Hugging Face lays it out, a file of safetensors or PyTorch, or an index file of several.
+    // Tensors that the index does not list are left out, with a warning in env's log.
     static std::unique_ptr<Checkpoint> open(bnb_env *env, const std::string &path, bnb_error *err);
 
     const std::string &directory() const { return directory_; } // where config.json and the tokenizer lie
@@ -65,7 +70,7 @@ public:
 
 private:
     Checkpoint() = default;
-    bool add_file(const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err);
+    bool add_file(bnb_env *env, const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err);
     bool add_index(bnb_env *env, const std::string &path, bnb_error *err);
 
     std::string directory_;
@@ -82,6 +87,8 @@ template <class... Args> bool failed(bnb_error *err, bnb_status code, const char
     bnb_fail(err, code, format, args...);
     return false;
 }
+
+bool is_utf8(const std::string &text); // well formed
 
 // For messages: names come from files, so control characters and ill-formed UTF-8 become '?' and long ones are cut.
 std::string printable(const std::string &name);
