@@ -3,7 +3,7 @@
 // Build: make     or  cc -O2 -c bnb.c
 //                && c++ -std=c++17 -O2 -o quantize examples/quantize.cpp models/*.cpp bnb.o -pthread
 // Use:   ./quantize path/to/opt-1.3b opt-1.3b-nf4.bnb --type nf4
-// Not:   no calibration, no pickled (.bin) checkpoints yet. One tensor at a time is in memory.
+// Not:   no calibration, no checkpoints that are quantized already. One tensor at a time is in memory.
 #include "cli.h"
 
 namespace {
