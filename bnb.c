@@ -2100,7 +2100,7 @@ BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n,
         BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__PF), _MM_HINT_T0);
         BNB__STEP(_mm512_loadu_si512(q + r * (K / 2) + k / 2),
                   C == 128 ? _mm512_set1_ps(*a)
-                           : _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(C == 64 ? _mm_castpd_ps(_mm_load_sd((const double *)(const void *)a)) : _mm_loadu_ps(a))))
+                           : _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(C == 64 ? _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)a)) : _mm_loadu_ps(a))))
     }
     if (k < K) { /* half a step of 64, or less of 32 */
         __mmask16 codes = (__mmask16)((1u << (K - k) / 8) - 1);
