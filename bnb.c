@@ -3586,6 +3586,8 @@ static const bnb__kernel bnb__fast_kernels[] = {
     BNB__ROW_OP("silu_avx2", BNB_OP_SILU, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__map_tiles, NULL, bnb__map_run),
     BNB__ROW_OP("set_rows_avx2", BNB_OP_SET_ROWS, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__set_rows_tiles, NULL, bnb__set_rows_256),
 };
+#else /* a row that no node matches: other processors have the reference kernels */
+static const bnb__kernel bnb__fast_kernels[] = {{"none", BNB_OP_NONE, -1, -1, 0, 0, 0, NULL, 0, NULL, NULL, NULL, NULL}};
 #endif
 
 /* ---- reference kernels: plain C, in the order of the ops. A tile is a row unless the kernel says otherwise. ---- */

@@ -698,6 +698,13 @@ TEST_CASE("file: opening 8 GB reads the metadata only") {
         MESSAGE("the file system has no holes: ", path);
         return;
     }
+#if defined(__x86_64__)
+    const double most_seconds = 0.05;
+    const int64_t most_bytes = 4 << 20;
+#else // qemu keeps a byte for every page that is mapped
+    const double most_seconds = 1;
+    const int64_t most_bytes = 64 << 20;
+#endif
     double best = 1e9;
     for (int i = 0; i < 5; i++) {
         bnb_error err = {};
@@ -707,10 +714,10 @@ TEST_CASE("file: opening 8 GB reads the metadata only") {
         best = std::min(best, std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count());
         REQUIRE_MESSAGE(f, text(err));
         CHECK(bnb_tensor_bytes(bnb_file_find(f.get(), "large.weight")) == uint64_t{1} << 33);
-        if (before >= 0) CHECK(resident_bytes() - before < 4 << 20);
+        if (before >= 0) CHECK(resident_bytes() - before < most_bytes);
         CHECK(bnb_env_bytes(env) < 1 << 20);
     }
-    CHECK(best < 0.05);
+    CHECK(best < most_seconds);
 }
 
 } // TEST_SUITE

@@ -857,17 +857,22 @@ TEST_CASE("ops: int8 where many columns, a whole row, or everything is an outlie
 }
 
 TEST_CASE("ops: the threshold counts magnitudes after rounding to f16, and itself") {
-    Env env;
-    for (float v : {6.0f, 5.9990234f, 5.998f, -6.0f, 5.996f}) { // f16 has steps of 1/256 there: 5.9990234 becomes 6
-        Int8Problem p;
-        p.T = 2, p.N = 3, p.K = 8;
-        p.x = Floats(16, 0.5f);
-        p.x[2] = v;
-        p.w = Rng(1).normals(24);
-        CAPTURE(v);
-        Int8Result want = int8_reference(env, p);
-        CHECK(want.outliers == (std::fabs(v) > 5.9980f));
-        CHECK(relative_error(int8_run(env, p), widen(want.y)) <= 1e-6);
+    for (const Level &level : cpu_levels()) {
+        CAPTURE(level.name);
+        Env env(1, level.disable);
+        for (float v : {6.0f, 5.9990234f, 5.998f, -6.0f, 5.996f}) // f16 has steps of 1/256 there: 5.9990234 becomes 6
+            for (int64_t T : {1, 2, 12}) {
+                Int8Problem p;
+                p.T = T, p.N = 3, p.K = 8;
+                p.x = Floats(static_cast<size_t>(8 * T), 0.5f);
+                p.x[2] = v;
+                p.w = Rng(1).normals(24);
+                CAPTURE(v);
+                CAPTURE(T);
+                Int8Result want = int8_reference(env, p);
+                CHECK(want.outliers == (std::fabs(v) > 5.9980f));
+                CHECK(relative_error(int8_run(env, p), widen(want.y)) <= 1e-6);
+            }
     }
 }
 
