@@ -1,6 +1,7 @@
 # Makefile: builds bnb's programs, library and tests with GNU make and any C11/C++17 compiler.
 #
 #   make                 main quantize inspect bench perplexity
+#   make CUDA=1          the same with NVIDIA GPUs; HIP=1: with AMD GPUs (needs nvcc, hipcc)
 #   make demo            builds ./main and generates text with the model in models/demo
 #   make test            builds and runs all tests; the last line is "N passed, N failed"
 #   make asan            the same tests with address and undefined-behaviour checks
@@ -30,7 +31,7 @@ TESTARGS =
 
 WARNINGS = -Wall -Wextra
 SECTIONS = -ffunction-sections -fdata-sections# the linker drops what a program does not use
-COMPILE_C = $(CC) $(CFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(CPPFLAGS) -MMD -MP
+COMPILE_C = $(CC) $(CFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(DEVICES) $(CPPFLAGS) -MMD -MP
 COMPILE_CXX = $(CXX) -std=c++17 $(CXXFLAGS) $(WARNINGS) $(SECTIONS) $(EXTRA) $(CPPFLAGS) -MMD -MP
 LINK = $(CXX) $(EXTRA) $(LDFLAGS) -Wl,--gc-sections
 
@@ -40,6 +41,19 @@ TEST = $(BUILD)/test/bnb-test
 FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
 FUZZ_SECONDS = 60
 CLANG = clang
+
+# ---- devices: a file, a macro for bnb.c and libraries each. CUDA_ARCH: what to build for; the last one also as PTX ----
+
+ifneq ($(CUDA),)
+NVCC ?= nvcc
+CUDA_ARCH ?= 75 80 90a
+CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC))))
+NVCCFLAGS ?= -O3
+GENCODE = $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a))
+LIBRARY_OBJECTS += $(BUILD)/bnb-cuda.o
+DEVICES += -DBNB_CUDA
+LIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
+endif
 
 # Use all cores; a -j on the command line wins, and a variant's make shares with the make that called it.
 ifeq ($(MAKELEVEL),0)
@@ -58,23 +72,27 @@ $(BUILD)/%.o: %.cpp
 	@mkdir -p $(@D)
 	$(COMPILE_CXX) -c $< -o $@
 
+$(BUILD)/bnb-cuda.o: bnb-cuda.cu bnb.h
+	@mkdir -p $(@D)
+	$(NVCC) -std=c++17 $(NVCCFLAGS) $(GENCODE) -Xcompiler "$(WARNINGS) $(EXTRA)" -c $< -o $@
+
 $(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
 	@rm -f $@
 	$(AR) rcs $@ $^
 
 $(PROGRAMS:%=$(BIN)/%): $(BIN)/%: $(BUILD)/examples/%.o $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
-	$(LINK) $^ -o $@ -lm -pthread
+	$(LINK) $^ -o $@ $(LIBS) -lm -pthread
 
 $(TEST): $(TEST_OBJECTS) $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
-	$(LINK) $^ -o $@ -lm -pthread
+	$(LINK) $^ -o $@ $(LIBS) -lm -pthread
 
 $(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
-	$(LINK) -fsanitize=fuzzer $^ -o $@ -lm -pthread
+	$(LINK) -fsanitize=fuzzer $^ -o $@ $(LIBS) -lm -pthread
 
--include $(LIBRARY_OBJECTS:.o=.d) $(TEST_OBJECTS:.o=.d) $(PROGRAMS:%=$(BUILD)/examples/%.d)
+-include $(filter-out $(BUILD)/bnb-cuda.d,$(LIBRARY_OBJECTS:.o=.d)) $(TEST_OBJECTS:.o=.d) $(PROGRAMS:%=$(BUILD)/examples/%.d)
 
 # ---- headers from packages -----------------------------------------------------------------------------------------
 

@@ -1536,6 +1536,43 @@ bnb_status bnb_ctx_alloc(bnb_ctx *c, bnb_backend *backend, bnb_error *err) {
     return BNB_OK;
 }
 
+bnb_tensor *bnb_tensor_place(bnb_ctx *c, bnb_backend *backend, const bnb_tensor *like, int32_t compute_dtype) {
+    bnb_tensor *t = bnb_tensor_new(c, like->type, &like->quant, like->n_dims, like->shape, like->name);
+    if (!t) return NULL;
+    t->backend = backend;
+    t->state = BNB_PLACED;
+    if (backend->api->place) backend->api->place(backend->dev, t, compute_dtype);
+    return t;
+}
+
+bnb_status bnb_tensor_upload(bnb_tensor *t, const bnb_tensor *src, bnb_error *err) {
+    const bnb_backend *backend = t->backend;
+    if (t->state != BNB_PLACED || src->state != BNB_RESIDENT || !bnb__on_host(src) || src->type != t->type || src->n_dims != t->n_dims ||
+        memcmp(src->shape, t->shape, sizeof t->shape))
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s' cannot be uploaded: it must be placed, and the source like it and on the host", t->name);
+    t->quant = src->quant;
+    if (!backend->api->upload) return bnb_tensor_bind(t, src->plane, err);
+    bnb__buffer *b = bnb__ctx_take(t->ctx, sizeof *b);
+    if (!b) return bnb_fail(err, BNB_E_NOMEM, "%s", t->ctx->error.msg);
+    bnb_error why = {BNB_OK, ""};
+    char *base = backend->api->alloc(backend->dev, t->layout_bytes, &why);
+    if (!base) return bnb_fail(err, why.code, "tensor '%s': %.400s", t->name, why.msg);
+    *b = (bnb__buffer){t->ctx->buffers, t->backend, base, t->layout_bytes};
+    t->ctx->buffers = b;
+    t->plane[0] = base;
+    bnb_status s = backend->api->upload(backend->dev, t, src, err);
+    if (!s) t->state = BNB_RESIDENT;
+    return s;
+}
+
+bnb_status bnb_tensor_download(const bnb_tensor *src, bnb_tensor *dst, bnb_error *err) {
+    if (src->state != BNB_RESIDENT || !src->layout || !src->backend || dst->state != BNB_RESIDENT || !bnb__on_host(dst) ||
+        src->type != dst->type || src->n_dims != dst->n_dims || memcmp(src->shape, dst->shape, sizeof dst->shape))
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s' cannot be downloaded into '%s'", src->name, dst->name);
+    dst->quant = src->quant;
+    return src->backend->api->download(src->backend->dev, src, dst, err);
+}
+
 bnb_status bnb_tensor_bind(bnb_tensor *t, void *const *planes, bnb_error *err) {
     if (t->op != BNB_OP_NONE || (t->flags & BNB_FLAG_INPUT))
         return bnb_fail(err, BNB_E_ARG, "tensor '%s': only weights and caches can be bound to memory", t->name);
@@ -3849,8 +3886,14 @@ typedef struct bnb__cpu_plan {
     double *times;               /* [n_nodes] or NULL */
 } bnb__cpu_plan;
 
-static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_params *params, uint64_t *scratch, bnb_error *err) {
+static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_params *params, bnb_node_plan *nodes,
+                              uint64_t *scratch, bnb_error *err) {
     enum { MAX_PHASES = 4 };
+    (void)nodes; /* nothing is fused */
+    if (params->compute_dtype == BNB_F16) {
+        bnb_fail(err, BNB_E_TYPE, "the compute dtype must be f32 or bf16 on cpu");
+        return NULL;
+    }
     bnb_env *env = dev;
     uint64_t n = (uint64_t)g->n_nodes;
     uint64_t bytes = sizeof(bnb__cpu_plan) + n * sizeof(bnb__kernel *) + n * MAX_PHASES * (sizeof(bnb__step) + sizeof(int64_t));
@@ -3954,13 +3997,26 @@ static bnb_status bnb__cpu_copy(void *dev, void *dst, const void *src, uint64_t 
 
 static const bnb_backend_api bnb__cpu_api = {
     sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
-    bnb__cpu_copy, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
+    bnb__cpu_copy, NULL, NULL, NULL, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
 };
 
 /* ==== [DEV] ===================================================================================================== */
 
-static const bnb_backend_api *const bnb__backends[] = {
+#ifdef BNB_CUDA
+extern const bnb_backend_api bnb_cuda_api; /* bnb-cuda.cu */
+#endif
+#ifdef BNB_HIP
+extern const bnb_backend_api bnb_hip_api; /* bnb-hip.cpp */
+#endif
+
+static const bnb_backend_api *const bnb__backends[] = { /* "auto" tries the last one first */
     &bnb__cpu_api,
+#ifdef BNB_CUDA
+    &bnb_cuda_api,
+#endif
+#ifdef BNB_HIP
+    &bnb_hip_api,
+#endif
 };
 
 static void bnb__backend_destroy(bnb__owned *o) {
@@ -3973,6 +4029,11 @@ bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err) {
     const char *colon = strchr(name, ':');
     size_t n = colon ? (size_t)(colon - name) : strlen(name);
     int32_t index = 0;
+    if (!strcmp(name, "auto")) {
+        bnb_backend *b = NULL;
+        for (int32_t i = BNB__COUNT(bnb__backends) - 1; i > 0 && !b; i--) b = bnb_backend_open(env, bnb__backends[i]->name, NULL);
+        return b ? b : bnb_backend_open(env, "cpu", err);
+    }
     if (colon) {
         char *end;
         long v = strtol(colon + 1, &end, 10);
@@ -4012,7 +4073,7 @@ const char *bnb_backend_name(const bnb_backend *b) { return b->name; }
  * offset that is free for their whole life: deterministic, and close to optimal for chains of layers. */
 
 typedef struct bnb__slot {
-    uint64_t bytes, offset;
+    uint64_t bytes, offset;  /* bytes are exact; the next slot starts aligned               */
     int32_t first, last;     /* nodes [first, last] during which the bytes are in use       */
     int32_t into;            /* index of the slot whose bytes it takes over, or its own     */
 } bnb__slot;
@@ -4052,36 +4113,36 @@ static bnb__slot *bnb__slot_of(const bnb_plan *p, bnb_tensor *t) {
     return root->ctx == p->graph->ctx && root->mark ? &p->slots[root->mark - 1] : NULL;
 }
 
-static void bnb__plan_lives(bnb_plan *p) {
+static void bnb__plan_lives(bnb_plan *p, const bnb_node_plan *nodes) {
     const bnb_graph *g = p->graph;
     int32_t n = g->n_nodes;
     for (int32_t i = 0; i < n + g->n_leaves; i++) {
         bnb_tensor *t = bnb__plan_tensor(p, i);
-        int32_t input = i >= n && (t->flags & BNB_FLAG_INPUT);
-        if (i < n ? t->view != NULL : !input) continue;
-        uint64_t bytes = bnb__align_up(BNB__MAX(bnb__plane_size(t, 0), 1), BNB__ARENA_ALIGN);
+        int32_t input = i >= n && (t->flags & BNB_FLAG_INPUT), always = input || p->params.no_reuse;
+        if (i < n ? t->view || !nodes[i].bytes : !input) continue;
         /* inputs keep their values from run to run */
-        p->slots[i] = (bnb__slot){bytes, 0, input || p->params.no_reuse ? 0 : i, input || p->params.no_reuse ? n : i, i};
+        uint64_t bytes = i < n ? nodes[i].bytes : BNB__MAX(bnb__plane_size(t, 0), 1);
+        p->slots[i] = (bnb__slot){bytes, 0, always ? 0 : nodes[i].at, always ? n : nodes[i].at, i};
         t->mark = 1 + i;
     }
     for (int32_t i = 0; i < n; i++) {
         bnb_tensor *t = g->nodes[i];
         bnb__slot *s;
         for (int32_t k = 0; k < BNB_MAX_SRC; k++)
-            if (t->src[k] && (s = bnb__slot_of(p, t->src[k]))) s->last = BNB__MAX(s->last, i);
+            if (t->src[k] && (s = bnb__slot_of(p, t->src[k]))) s->last = BNB__MAX(s->last, nodes[i].at);
         if ((t->flags & BNB_FLAG_OUTPUT) && (s = bnb__slot_of(p, t))) s->last = n;
     }
 }
 
-static void bnb__plan_inplace(bnb_plan *p) {
+static void bnb__plan_inplace(bnb_plan *p, const bnb_node_plan *nodes) {
     const bnb_graph *g = p->graph;
     for (int32_t i = 0; i < g->n_nodes && !p->params.no_reuse; i++) {
         bnb_tensor *t = g->nodes[i], *x = t->src[0];
         if (!(bnb__ops[t->op].flags & BNB__INPLACE) || x->view) continue;
         bnb__slot *mine = bnb__slot_of(p, t), *theirs = bnb__slot_of(p, x);
-        if (!theirs || mine->bytes != theirs->bytes) continue;
+        if (!mine || !theirs || mine->bytes != theirs->bytes) continue;
         bnb__slot *base = &p->slots[theirs->into];
-        if (base->last != i) continue;
+        if (base->last != i || nodes[i].at != i) continue;
         int shares = 0; /* another input lies in the same bytes, under another shape */
         for (int32_t k = 1; k < BNB_MAX_SRC; k++)
             if (t->src[k] && t->src[k] != x && (bnb__root(t->src[k]) == x)) shares = 1;
@@ -4110,7 +4171,7 @@ static void bnb__plan_place(bnb_plan *p, int32_t *by_size, int32_t *by_offset, i
             const bnb__slot *o = &p->slots[by_offset[k]];
             if (o->last < s->first || o->first > s->last) continue;
             if (o->offset >= offset && o->offset - offset >= s->bytes) break;
-            offset = BNB__MAX(offset, o->offset + o->bytes);
+            offset = BNB__MAX(offset, bnb__align_up(o->offset + o->bytes, BNB__ARENA_ALIGN));
         }
         s->offset = offset;
         int32_t at = placed++;
@@ -4151,8 +4212,8 @@ bnb_plan *bnb_plan_create(bnb_backend *backend, bnb_graph *g, const bnb_plan_par
     bnb_plan_params d;
     bnb_plan_params_default(&d, sizeof d);
     if (params) memcpy(&d, params, BNB__MIN(params->struct_size, sizeof d));
-    if (d.compute_dtype != BNB_COMPUTE_AUTO && d.compute_dtype != BNB_F32 && d.compute_dtype != BNB_BF16) {
-        bnb_fail(err, BNB_E_TYPE, "the compute dtype must be f32 or bf16 on %s", backend->name);
+    if (d.compute_dtype != BNB_COMPUTE_AUTO && d.compute_dtype != BNB_F32 && d.compute_dtype != BNB_BF16 && d.compute_dtype != BNB_F16) {
+        bnb_fail(err, BNB_E_TYPE, "the compute dtype must be f32, bf16 or f16, not type %d", (int)d.compute_dtype);
         return NULL;
     }
     for (int32_t i = 0; i < g->n_leaves; i++)
@@ -4174,15 +4235,18 @@ bnb_plan *bnb_plan_create(bnb_backend *backend, bnb_graph *g, const bnb_plan_par
     uint64_t scratch = 0;
     int32_t *order = bnb_alloc(env, (size_t)n * 2 * sizeof *order, err);
     p->slots = bnb_alloc(env, (size_t)n * sizeof *p->slots, err);
-    if (order && p->slots) p->compiled = backend->api->compile(backend->dev, g, &p->params, &scratch, err);
+    bnb_node_plan *nodes = bnb_alloc(env, (size_t)n * sizeof *nodes, err);
+    for (int32_t i = 0; i < g->n_nodes && nodes; i++) nodes[i] = (bnb_node_plan){i, BNB__MAX(bnb__plane_size(g->nodes[i], 0), 1)};
+    if (order && p->slots && nodes) p->compiled = backend->api->compile(backend->dev, g, &p->params, nodes, &scratch, err);
     if (p->compiled) {
-        bnb__plan_lives(p);
-        bnb__plan_inplace(p);
+        bnb__plan_lives(p, nodes);
+        bnb__plan_inplace(p, nodes);
         bnb__plan_place(p, order, order + n, n);
         for (int32_t i = 0; i < n; i++)
             if (p->slots[i].bytes) bnb__plan_tensor(p, i)->mark = 0;
     }
     bnb_free(env, order, (size_t)n * 2 * sizeof *order);
+    bnb_free(env, nodes, (size_t)n * sizeof *nodes);
     if (!p->compiled) {
         bnb__disown(&p->owned);
         return NULL;
@@ -4192,7 +4256,7 @@ bnb_plan *bnb_plan_create(bnb_backend *backend, bnb_graph *g, const bnb_plan_par
     for (int32_t i = 0; i < g->n_leaves; i++) {
         const bnb_tensor *t = g->leaves[i];
         if (t->flags & BNB_FLAG_STATE) p->memory.state += bnb_tensor_bytes(t);
-        else if (!(t->flags & BNB_FLAG_INPUT)) p->memory.weights += bnb_tensor_bytes(t);
+        else if (!(t->flags & BNB_FLAG_INPUT)) p->memory.weights += t->layout ? t->layout_bytes : bnb_tensor_bytes(t);
     }
     return p;
 }

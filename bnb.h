@@ -198,6 +198,13 @@ bnb_status bnb_ctx_status(const bnb_ctx *ctx, bnb_error *err);
 
 /* Gives memory to every META tensor that was made by bnb_tensor_new in ctx. */
 bnb_status bnb_ctx_alloc(bnb_ctx *ctx, bnb_backend *backend, bnb_error *err);
+/* A twin of a host tensor for a device: PLACED, which reserves nothing but fixes the layout that the device's kernels
+ * want (bnb_plan_memory counts it), until bnb_tensor_upload gives it memory and the values of src, which is RESIDENT on
+ * the host and shaped as it. compute_dtype: as in bnb_plan_params. On "cpu" the twin borrows src's memory. */
+bnb_tensor *bnb_tensor_place(bnb_ctx *ctx, bnb_backend *backend, const bnb_tensor *like, int32_t compute_dtype);
+bnb_status bnb_tensor_upload(bnb_tensor *t, const bnb_tensor *src, bnb_error *err);
+/* The reverse, exactly: dst is RESIDENT on the host and gets every plane of src in the canonical layout. */
+bnb_status bnb_tensor_download(const bnb_tensor *src, bnb_tensor *dst, bnb_error *err);
 /* Points a tensor's planes [BNB_MAX_PLANES] at host memory that the caller keeps alive and unchanged. */
 bnb_status bnb_tensor_bind(bnb_tensor *t, void *const *planes, bnb_error *err);
 
@@ -311,12 +318,13 @@ bnb_tensor *bnb_graph_node(const bnb_graph *g, int32_t i);    /* NULL outside [0
 typedef struct bnb_plan bnb_plan; /* owned by its env; free it before the ctx of its graph. A graph has one plan at a time */
 
 enum {
-    BNB_COMPUTE_AUTO = -1 /* what is fastest at full accuracy: f32, and bf16 for prompts where the CPU multiplies bf16 */
+    BNB_COMPUTE_AUTO = -1 /* what is fastest at full accuracy. CPU: f32, and bf16 for prompts where it multiplies bf16.
+                             GPU: f16 products summed in f32; f32 if the weights are f32                            */
 };
 
 typedef struct bnb_plan_params {
     uint32_t struct_size;
-    int32_t compute_dtype; /* of linear with f16, bf16 and 4-bit weights: BNB_F32, BNB_BF16 or BNB_COMPUTE_AUTO        */
+    int32_t compute_dtype; /* of linear with f16, bf16 and 4-bit weights: BNB_F32, BNB_BF16 (cpu), BNB_F16 (gpu) or AUTO   */
     int32_t no_reuse;      /* 1: no memory is used twice (for debugging)                                              */
 } bnb_plan_params;
 
@@ -417,7 +425,7 @@ uint64_t bnb_hash64(const void *data, uint64_t bytes, uint64_t seed);       /* X
 /* ---- [BACKEND] -------------------------------------------------------------------------------------------------------
  * "cpu", "cuda:0", "hip:1". A device file fills one bnb_backend_api and is listed in bnb.c. Not stable. */
 
-bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err);
+bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err); /* "auto": a GPU that works, else "cpu" */
 void bnb_backend_close(bnb_backend *backend);
 const char *bnb_backend_name(const bnb_backend *backend); /* "cpu" */
 
@@ -442,9 +450,17 @@ struct bnb_tensor {
     uint64_t view_offset;         /* bytes into it                                                       */
     bnb_ctx *ctx;
     bnb_backend *backend;         /* whose memory; NULL: the host's                                      */
+    int32_t layout;               /* 0: canonical planes; else the backend's own (weights on a device)   */
+    uint64_t layout_bytes;        /* of all planes together, if layout is not 0                          */
     void *plane[BNB_MAX_PLANES];  /* addresses on that device                                            */
     char name[BNB_MAX_NAME];
 };
+
+/* What compile decides about node i. It comes with at = i and the bytes of the f32 result. */
+typedef struct bnb_node_plan {
+    int32_t at;     /* the node with which it is computed: until then its sources live, from then on its result     */
+    uint64_t bytes; /* of its result in the arena; 0: it is never written, another kernel computes it on the way    */
+} bnb_node_plan;
 
 typedef struct bnb_backend_api {
     uint32_t struct_size;
@@ -456,9 +472,16 @@ typedef struct bnb_backend_api {
     void (*free)(void *dev, void *ptr, uint64_t bytes);
     bnb_status (*write)(void *dev, void *dst, const void *src, uint64_t bytes, bnb_error *err);
     bnb_status (*read)(void *dev, void *dst, const void *src, uint64_t bytes, bnb_error *err);
-    /* Chooses a kernel for every node; *scratch: device bytes it needs beside the tensors. NULL: err says which node
-     * has no kernel. describe gives the kernel's name of node i. run is called when every tensor has its address. */
-    void *(*compile)(void *dev, const bnb_graph *graph, const bnb_plan_params *params, uint64_t *scratch, bnb_error *err);
+    /* Weights on a device; all NULL where they are used as they lie in host memory. place sets layout and layout_bytes;
+     * upload fills planes that start at t->plane[0], layout_bytes long; download restores dst's canonical planes. */
+    void (*place)(void *dev, bnb_tensor *t, int32_t compute_dtype);
+    bnb_status (*upload)(void *dev, bnb_tensor *t, const bnb_tensor *src, bnb_error *err);
+    bnb_status (*download)(void *dev, const bnb_tensor *t, bnb_tensor *dst, bnb_error *err);
+    /* Chooses a kernel for every node; nodes: [bnb_graph_size]; *scratch: device bytes it needs beside the tensors.
+     * NULL: err says which node has no kernel. describe gives the kernel's name of node i. run is called when every
+     * tensor has its address; it may return before the device is done: read waits, and reports what went wrong. */
+    void *(*compile)(void *dev, const bnb_graph *graph, const bnb_plan_params *params, bnb_node_plan *nodes,
+                     uint64_t *scratch, bnb_error *err);
     void (*release)(void *dev, void *compiled);
     const char *(*describe)(const void *compiled, int32_t node);
     bnb_status (*run)(void *dev, void *compiled, void *scratch, double *times, bnb_error *err);

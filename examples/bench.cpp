@@ -322,7 +322,7 @@ Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e) : o(op
     plan_params.compute_dtype = model.compute_dtype;
     bnb_error err;
     const std::string device = model.device;
-    backend.reset(cli::need(bnb_backend_open(env, device == "auto" ? "cpu" : device.c_str(), &err), err));
+    backend.reset(cli::need(bnb_backend_open(env, device.c_str(), &err), err));
     make_weights();
 }
 

@@ -546,7 +546,7 @@ struct ModelOptions {
     }
     Rows rows() {
         return {
-            {"--device", "NAME", &device, "cpu or auto; this version has no GPU backend"},
+            {"--device", "NAME", &device, "auto, cpu, cuda, cuda:1, hip; auto takes a GPU that works"},
             {"--device-map", "SPEC", &device_map, "where layers go: auto or cpu; other maps are not offered yet"},
             {"--compute-dtype", "auto|f32|bf16|f16", &compute,
              "what linear layers compute in; auto: what is fastest at full accuracy here"},

@@ -211,8 +211,12 @@ struct bnb_model {
     bnb_model_params params;
     bnb_model_info info;
     bnb_backend *backend = nullptr;
+    bnb_ctx *uploaded = nullptr; // the weights in a GPU's memory
     std::string compute;
-    ~bnb_model() { bnb_backend_close(backend); }
+    ~bnb_model() {
+        bnb_ctx_free(uploaded);
+        bnb_backend_close(backend);
+    }
 };
 
 namespace {
@@ -223,6 +227,8 @@ struct FreeCtx { void operator()(bnb_ctx *c) const { bnb_ctx_free(c); } };
 struct FreePlan { void operator()(bnb_plan *p) const { bnb_plan_free(p); } };
 using Ctx = std::unique_ptr<bnb_ctx, FreeCtx>;
 using Plan = std::unique_ptr<bnb_plan, FreePlan>;
+
+bool on_cpu(const bnb_model &m) { return std::strcmp(bnb_backend_name(m.backend), "cpu") == 0; }
 
 // Binds the tensors to the names that the architecture asks for.
 bool bind_weights(bnb_model &m, bnb_error *err) {
@@ -271,6 +277,27 @@ void fill_info(bnb_model &m) {
         if (want.role == Role::Linear) of_type[bnb_tensor_type(it->second)] += bnb_tensor_elements(it->second);
     }
     i.linear_type = static_cast<int32_t>(std::max_element(of_type, of_type + BNB_TYPE_COUNT) - of_type);
+}
+
+// Weights for a GPU: the graphs use these twins, which get memory and values once everything has been measured.
+bool place_weights(bnb_model &m, bnb_error *err) {
+    m.uploaded = bnb_ctx_create(m.env, err);
+    if (!m.uploaded) return false;
+    for (auto &w : m.weights) w.second = bnb_tensor_place(m.uploaded, m.backend, w.second, m.params.compute_dtype);
+    return bnb_ctx_status(m.uploaded, err) == BNB_OK;
+}
+
+// In the order of the source, which is that of the file.
+bool upload_weights(bnb_model &m, bnb_error *err) {
+    size_t done = 0;
+    for (const bnb_tensor *t : m.source.tensors) {
+        auto it = m.weights.find(bnb_tensor_name(t));
+        if (it != m.weights.end() && bnb_tensor_upload(it->second, t, err)) return false;
+        if (bnb_progress(m.env, "upload", static_cast<double>(++done) / static_cast<double>(m.source.tensors.size()))) continue;
+        bnb_fail(err, BNB_E_CANCELLED, "uploading the weights was cancelled");
+        return false;
+    }
+    return true;
 }
 
 void override_int8(bnb_model &m) {
@@ -348,7 +375,8 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
         bnb_plan_describe(s.plan.get(), &text[0], text.size());
         bf16 = text.find("_gemm_bf16") != std::string::npos || text.find("_amx") != std::string::npos; // kernels of bf16 products
     }
-    if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : bf16 ? "f32, bf16 for prompts" : "f32";
+    bool f16 = !on_cpu(m) && m.params.compute_dtype != BNB_F32 && m.info.linear_type != BNB_F32;
+    if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : f16 ? "f16" : bf16 ? "f32, bf16 for prompts" : "f32";
     return true;
 }
 
@@ -376,10 +404,12 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
         bnb_fail(err, BNB_E_TYPE, "the KV cache can be f16 or f32, not type %d", static_cast<int>(p.kv_type));
         return nullptr;
     }
-    const char *device = !p.device || !std::strcmp(p.device, "auto") ? "cpu" : p.device;
-    m->backend = bnb_backend_open(env, device, err);
+    m->backend = bnb_backend_open(env, p.device ? p.device : "auto", err);
+    if (!m->backend || (!on_cpu(*m) && !place_weights(*m, err))) return nullptr;
     bnb_memory memory;
-    if (!m->backend || !measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) return nullptr;
+    if (!measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) return nullptr;
+    bool meta = std::any_of(m->source.tensors.begin(), m->source.tensors.end(), [](const bnb_tensor *t) { return bnb_tensor_state(t) == BNB_META; });
+    if (!on_cpu(*m) && !meta && !upload_weights(*m, err)) return nullptr;
     return m.release();
 }
 

@@ -23,8 +23,6 @@ struct Matrix {
 
 Matrix zeros(int64_t rows, int64_t columns) { return {rows, columns, Doubles(static_cast<size_t>(rows * columns))}; }
 
-Doubles widen(const Floats &v) { return Doubles(v.begin(), v.end()); }
-
 // Also what a tensor of this type holds after the value was written to it.
 Doubles rounded(int32_t type, const Floats &v) {
     Doubles out;

@@ -366,7 +366,8 @@ public:
     bnb_graph *graph = nullptr;
     bnb_plan_params params;
 
-    explicit Net(Env &env) : env_(env) {
+    // device: NULL for the env's CPU; else weights are uploaded to it and the plan runs there
+    explicit Net(Env &env, bnb_backend *device = nullptr) : env_(env), device_(device) {
         bnb_error err = {};
         bnb_plan_params_default(&params, sizeof params);
         ctx = bnb_ctx_create(env, &err);
@@ -389,6 +390,7 @@ public:
     }
     // A weight or a cache of any type from f32 values.
     bnb_tensor *weight(int32_t type, const Shape &shape, const Floats &values, const bnb_quant *quant = nullptr, const char *name = "w") {
+        if (device_) return uploaded(type, shape, values, quant, name);
         return keep(bnb_tensor_new(ctx, type, quant, dims(shape), shape.data(), name), bytes_of(values), false);
     }
 
@@ -397,9 +399,10 @@ public:
         bnb_error err = {};
         graph = bnb_graph_create(ctx, outputs.data(), static_cast<int32_t>(outputs.size()), &err);
         REQUIRE_MESSAGE(graph, text(err));
-        plan = bnb_plan_create(env_.cpu(), graph, &params, &err);
+        bnb_backend *backend = device_ ? device_ : env_.cpu();
+        plan = bnb_plan_create(backend, graph, &params, &err);
         REQUIRE_MESSAGE(plan, text(err));
-        bnb_status status = bnb_ctx_alloc(ctx, env_.cpu(), &err);
+        bnb_status status = bnb_ctx_alloc(ctx, backend, &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
         status = bnb_plan_alloc(plan, &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
@@ -412,7 +415,7 @@ public:
         bnb_status status = bnb_plan_run(plan, &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
         CHECK_MESSAGE(before == hashes(), "running the plan changed an input or a weight");
-        if (params.no_reuse) check_gaps();
+        if (params.no_reuse && !device_) check_gaps();
     }
     Floats run(bnb_tensor *output) {
         prepare({output});
@@ -449,7 +452,23 @@ private:
         bool input;
     };
     Env &env_;
+    bnb_backend *device_;
     std::vector<Value> values_;
+
+    bnb_tensor *uploaded(int32_t type, const Shape &shape, const Floats &values, const bnb_quant *quant, const char *name) {
+        bnb_error err = {};
+        Net host(env_);
+        bnb_tensor *src = host.weight(type, shape, values, quant, name);
+        bnb_status status = bnb_ctx_alloc(host.ctx, env_.cpu(), &err);
+        REQUIRE_MESSAGE(status == BNB_OK, text(err));
+        host.fill(host.values_[0]);
+        bnb_tensor *t = bnb_tensor_place(ctx, device_, src, params.compute_dtype);
+        if (!t) bnb_ctx_status(ctx, &err);
+        REQUIRE_MESSAGE(t, text(err));
+        status = bnb_tensor_upload(t, src, &err);
+        REQUIRE_MESSAGE(status == BNB_OK, text(err));
+        return t;
+    }
 
     static int32_t dims(const Shape &shape) { return static_cast<int32_t>(shape.size()); }
     template <class T> static std::vector<uint8_t> bytes_of(const std::vector<T> &v) {
@@ -490,7 +509,7 @@ private:
         std::vector<uint64_t> list;
         for (const Value &v : values_) {
             const bnb_tensor *t = v.tensor;
-            if (t->state != BNB_RESIDENT || (t->flags & BNB_FLAG_STATE)) continue;
+            if (t->state != BNB_RESIDENT || (t->flags & BNB_FLAG_STATE) || device_) continue;
             for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
                 uint64_t bytes = bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, p);
                 if (bytes) list.push_back(bnb_hash64(t->plane[p], bytes, 0));
@@ -550,6 +569,8 @@ inline double relative_error(const Floats &got, const Doubles &want) {
     }
     return diff == 0 ? 0 : norm == 0 ? INFINITY : std::sqrt(diff / norm);
 }
+
+inline Doubles widen(const Floats &v) { return Doubles(v.begin(), v.end()); }
 
 inline bool same_bits(const Floats &a, const Floats &b) {
     return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0);

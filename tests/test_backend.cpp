@@ -1,0 +1,243 @@
+// test_backend.cpp: every device that this program was built for and finds, against the plain CPU kernels: each op with each
+// type on many shapes, whole blocks, random graphs, whole models; weights there and back; faults and what follows them.
+// The CPU's own fast kernels are one of the devices, so that the suite never runs empty.
+#include "graphs.h"
+#include "tiny_model.h"
+
+using namespace test;
+
+namespace {
+
+struct Device {
+    std::string name;
+    Backend backend; // NULL: the env's CPU
+};
+
+// Devices of this env, "cpu" first.
+std::vector<Device> devices(Env &env) {
+    std::vector<Device> list;
+    list.push_back({"cpu", nullptr});
+    for (const char *name : {"cuda", "hip"}) {
+        bnb_error err = {};
+        Backend b(bnb_backend_open(env, name, &err));
+        if (b) list.push_back({name, std::move(b)});
+        else CHECK_MESSAGE(is_sentence(err), text(err)); // not built in, or not there: said in a sentence
+    }
+    return list;
+}
+
+using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
+
+// Runs what build makes on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
+// computed in f32 and in f16.
+void compare(const Build &build, double f32, double f16, const std::string &what) {
+    Env plain(1, BNB_CPU_FAST), env(2);
+    Net reference(plain);
+    std::vector<bnb_tensor *> expected = build(reference);
+    reference.prepare(expected);
+    reference.again();
+    for (Device &d : devices(env))
+        for (int32_t compute : {BNB_F32, BNB_F16}) {
+            if (!d.backend && compute == BNB_F16) continue;
+            Net net(env, d.backend.get());
+            net.params.compute_dtype = compute;
+            std::vector<bnb_tensor *> outputs = build(net);
+            net.prepare(outputs);
+            for (int run = 0; run < 2; run++) { // a plan can be run again: the second time a GPU replays its graph
+                net.again();
+                for (size_t i = 0; i < outputs.size(); i++) {
+                    double error = relative_error(net.read(outputs[i]), widen(reference.read(expected[i])));
+                    CHECK_MESSAGE(error <= (compute == BNB_F16 ? f16 : f32), what, " on ", d.name, " in ", type_name(compute), ", output ", i,
+                                  ", run ", run, ": error ", error, "\n", net.describe());
+                }
+            }
+        }
+}
+
+int32_t pick_type(Rng &rng) { return rng.pick(WEIGHT_TYPES); }
+
+} // namespace
+
+TEST_SUITE("backend") {
+    TEST_CASE("backend: linear, every type on many shapes") {
+        for (uint64_t seed = 0; seed < 120; seed++) {
+            auto build = [&](Net &net) {
+                Rng rng(seed);
+                const int32_t type = WEIGHT_TYPES[seed % WEIGHT_TYPES.size()];
+                const int64_t shapes[][3] = {{1, 64, 128}, {1, 48, 320}, {1, 33, 100}, {5, 130, 64}, {16, 64, 192}, {33, 17, 128}, {70, 96, 256}, {130, 40, 64}};
+                const int64_t *s = shapes[seed / WEIGHT_TYPES.size() % 8], M = s[0], N = s[1], K = s[2];
+                bnb_quant q = bnb_quant_default(type);
+                q.blocksize = rng.pick(std::vector<int32_t>{32, 64, 128, 256});
+                q.double_quant = rng.chance(0.3);
+                q.threshold = rng.chance(0.8) ? 2.0f : 0.0f;
+                q.outlier_rule = rng.chance(0.3) ? BNB_OUTLIER_ROW : BNB_OUTLIER_COLUMN;
+                bnb_tensor *x = net.input({M, K}, rng.normals(M * K));
+                bnb_tensor *w = net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q);
+                bnb_tensor *bias = rng.chance(0.5) ? net.weight(BNB_F16, {N}, rng.normals(N, 0.1), nullptr, "bias") : nullptr;
+                bnb_tensor *y = bnb_linear(net.ctx, x, w, bias);
+                switch (rng.range(0, 5)) { // what may be fused behind it
+                case 0: y = bnb_relu(net.ctx, y); break;
+                case 1: y = bnb_gelu(net.ctx, y); break;
+                case 2: y = bnb_add(net.ctx, net.input({M, N}, rng.normals(M * N), "r"), bnb_gelu_tanh(net.ctx, y)); break;
+                case 3: y = bnb_add(net.ctx, y, net.input({M, N}, rng.normals(M * N), "r")); break;
+                default: break;
+                }
+                return std::vector<bnb_tensor *>{y->op == BNB_OP_LINEAR ? bnb_scale(net.ctx, y, 1) : y};
+            };
+            compare(build, 2e-5, 2e-3, "linear " + std::to_string(seed));
+        }
+    }
+
+    TEST_CASE("backend: large products") { // the shapes for which GPUs have kernels of their own
+        for (uint64_t seed = 0; seed < 24; seed++) {
+            auto build = [&](Net &net) {
+                Rng rng(seed);
+                const int32_t type = std::vector<int32_t>{BNB_NF4, BNB_INT8, BNB_FP4, BNB_F16}[seed % 4];
+                const int64_t Ms[] = {1, 3, 16, 64, 100, 257}, M = Ms[seed / 4], N = rng.range(1, 5) * 100, K = rng.range(2, 9) * 64;
+                bnb_quant q = bnb_quant_default(type);
+                q.double_quant = seed % 3 == 0;
+                q.threshold = 3.0f;
+                bnb_tensor *x = net.input({M, K}, rng.normals(M * K)), *r = net.input({M, N}, rng.normals(M * N), "r");
+                bnb_tensor *norm = bnb_layer_norm(net.ctx, x, net.weight(BNB_F32, {K}, rng.normals(K)), net.weight(BNB_F32, {K}, rng.normals(K)), 1e-5f);
+                auto linear = [&](bnb_tensor *in) {
+                    return bnb_linear(net.ctx, in, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
+                };
+                bnb_tensor *a = linear(norm), *b = linear(norm), *c = linear(norm); // run together
+                return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, bnb_mul(net.ctx, a, b)), bnb_scale(net.ctx, c, 2), bnb_add(net.ctx, r, bnb_relu(net.ctx, linear(x)))};
+            };
+            compare(build, 3e-5, 4e-3, "products " + std::to_string(seed));
+        }
+    }
+
+    TEST_CASE("backend: attention, many spans and heads") {
+        for (uint64_t seed = 0; seed < 30; seed++) {
+            auto build = [&](Net &net) {
+                Rng rng(seed);
+                const int64_t Ds[] = {64, 128, 16, 80, 96, 40}, D = Ds[seed % 6], kv = rng.range(1, 3), heads = kv * rng.range(1, 3);
+                const int64_t T = seed % 3 == 0 ? 1 : rng.range(2, 90), R = rng.range(1, 400);
+                std::vector<int32_t> span;
+                for (int64_t t = 0; t < T; t++) {
+                    int32_t a = static_cast<int32_t>(rng.chance(0.6) ? 0 : rng.range(0, R)), b = static_cast<int32_t>(rng.range(a, R));
+                    span.insert(span.end(), {a, b});
+                }
+                const int32_t type = seed % 2 ? BNB_F16 : BNB_F32;
+                bnb_tensor *k = net.weight(type, {R, kv * D}, rng.normals(R * kv * D)), *v = net.weight(type, {R, kv * D}, rng.normals(R * kv * D));
+                return std::vector<bnb_tensor *>{bnb_attention(net.ctx, net.input({T, heads * D}, rng.normals(T * heads * D)), k, v, net.ids({T, 2}, span),
+                                                               static_cast<int32_t>(heads), static_cast<int32_t>(kv), 1 / std::sqrt(static_cast<float>(D)))};
+            };
+            compare(build, 1e-5, 2e-3, "attention " + std::to_string(seed));
+        }
+    }
+
+    TEST_CASE("backend: blocks of every weight type") {
+        for (int32_t type : WEIGHT_TYPES)
+            for (int64_t T : {1, 2, 9, 40})
+                compare([&](Net &net) { return build_block(net, type, T).outputs; }, type == BNB_INT8 ? 2e-2 : 1e-4, 2e-2, "block of " + type_name(type));
+    }
+
+    TEST_CASE("backend: random graphs") {
+        for (uint64_t seed = 0; seed < 60; seed++)
+            compare([&](Net &net) { Rng rng(seed); return random_graph(net, rng); }, 1e-2, 0.3, // softmax and norms of nearly equal numbers amplify what is rounded
+                    "graph " + std::to_string(seed));
+    }
+
+    TEST_CASE("backend: weights come back as they were") {
+        Env env(2);
+        for (Device &d : devices(env)) {
+            if (!d.backend) continue;
+            for (uint64_t seed = 0; seed < 60; seed++) {
+                Rng rng(seed);
+                bnb_error err = {};
+                const int32_t type = pick_type(rng);
+                bnb_quant q = bnb_quant_default(type);
+                q.blocksize = rng.pick(std::vector<int32_t>{32, 64, 128, 4096});
+                q.double_quant = rng.chance(0.5);
+                Shape shape = {rng.range(1, 70), rng.chance(0.5) ? rng.range(1, 9) * 64 : rng.range(1, 300)};
+                if (rng.chance(0.2) && type != BNB_INT8) shape = {rng.range(1, 300)};
+                Net net(env);
+                bnb_tensor *source = net.weight(type, shape, rng.normals(count(shape)), &q, "source"), *back = net.weight(type, shape, rng.normals(count(shape)), &q, "back");
+                net.prepare({bnb_relu(net.ctx, net.input({1, 1}, {0}))}); // gives them memory and values
+                Ctx on_device(bnb_ctx_create(env, &err));
+                bnb_tensor *t = bnb_tensor_place(on_device.get(), d.backend.get(), source, seed % 2 ? int32_t{BNB_F32} : int32_t{BNB_COMPUTE_AUTO});
+                REQUIRE(t);
+                CHECK(bnb_tensor_state(t) == BNB_PLACED);
+                bnb_status status = bnb_tensor_upload(t, source, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                status = bnb_tensor_download(t, back, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+                    uint64_t bytes = bnb_plane_bytes(type, &q, static_cast<int32_t>(shape.size()), shape.data(), p);
+                    if (bytes) CHECK_MESSAGE(std::memcmp(bnb_tensor_plane(source, p), bnb_tensor_plane(back, p), bytes) == 0, type_name(type), " plane ", p, " seed ", seed);
+                }
+            }
+        }
+    }
+
+    TEST_CASE("backend: an index outside its table is an error, and the next run is right") {
+        Env env(1);
+        for (Device &d : devices(env)) {
+            Net net(env, d.backend.get());
+            bnb_error err = {};
+            bnb_tensor *ids = net.ids({2}, {1, 2}), *y = bnb_embed(net.ctx, net.weight(BNB_F32, {3, 4}, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11}), ids);
+            net.prepare({y});
+            for (int32_t bad : {3, -1, 1 << 30}) {
+                float out[8];
+                net.set(ids, std::vector<int32_t>{0, bad});
+                bnb_status status = bnb_plan_run(net.plan, &err);
+                if (!status) status = bnb_tensor_read(y, 0, out, sizeof out, &err);
+                CHECK(status == BNB_E_ARG);
+                CHECK_MESSAGE(is_sentence(err), text(err));
+                net.set(ids, std::vector<int32_t>{2, 0});
+                net.again();
+                CHECK(net.read(y) == Floats{8, 9, 10, 11, 0, 1, 2, 3});
+            }
+        }
+    }
+
+    TEST_CASE("backend: more memory than there is") {
+        Env env(1);
+        for (Device &d : devices(env)) {
+            if (!d.backend) continue;
+            bnb_error err = {};
+            Ctx ctx(bnb_ctx_create(env, &err));
+            const int64_t shape[] = {1 << 20, 1 << 24}; // 64 TiB
+            bnb_tensor_new(ctx.get(), BNB_F32, nullptr, 2, shape, "huge");
+            CHECK(bnb_ctx_alloc(ctx.get(), d.backend.get(), &err) == BNB_E_NOMEM);
+            CHECK_MESSAGE(contains(text(err), "70368744177664"), text(err));
+            Net net(env, d.backend.get()); // the device still works
+            CHECK(net.run(bnb_relu(net.ctx, net.input({1, 2}, {-1, 2}))) == Floats{0, 2});
+        }
+    }
+
+    TEST_CASE("backend: a model says the same on every device") {
+        Env env(2);
+        for (int32_t type : {BNB_F32, BNB_F16, BNB_INT8, BNB_NF4}) {
+            Image file = tiny_model(type);
+            std::vector<Floats> all;
+            for (Device &d : devices(env)) {
+                bnb_error err = {};
+                bnb_model_params p;
+                bnb_model_params_default(&p, sizeof p);
+                p.device = d.name.c_str();
+                p.compute_dtype = BNB_F32;
+                p.n_batch = 7;
+                Model model(bnb_model_from_memory(env, file.bytes.data(), file.bytes.size(), &p, &err));
+                REQUIRE_MESSAGE(model, text(err));
+                Session session(bnb_session_create(model.get(), 0, &err));
+                REQUIRE_MESSAGE(session, text(err));
+                std::vector<int32_t> tokens = {5, 9, 200, 31, 77, 1, 2, 3, 100};
+                Floats logits;
+                for (int step = 0; step < 8; step++) { // greedy
+                    bnb_status status = bnb_session_sync(session.get(), tokens.data(), static_cast<int64_t>(tokens.size()), &err);
+                    REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                    int64_t n;
+                    const float *l = bnb_session_logits(session.get(), &n);
+                    logits.insert(logits.end(), l, l + n);
+                    tokens.push_back(static_cast<int32_t>(std::max_element(l, l + n) - l));
+                }
+                all.push_back(logits);
+                CHECK_MESSAGE(relative_error(all.back(), widen(all[0])) < 1e-3, type_name(type), " on ", d.name);
+            }
+        }
+    }
+}
