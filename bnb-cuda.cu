@@ -18,6 +18,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <memory>
 #include <new>
@@ -103,11 +104,14 @@ struct Device {
     Queue queue;
     char *staging[2] = {};               // pinned, [STAGING_BYTES]: what crosses the bus goes through one or the other
     GPU(Event_t) staged[2] = {};         // the copy out of staging[i] is done
+    char *fetched = nullptr;             // pinned, [BNB_FETCH_SLOTS][BNB_FETCH_BYTES]
+    GPU(Event_t) fetch_done[BNB_FETCH_SLOTS] = {};
     int *fault = nullptr;                // pinned: 1 + the node that met an index outside its table; 0: none
     char *unpacked = nullptr;            // weights in their canonical layout, on the way to the kernels' own
     uint64_t unpacked_bytes = 0;
     uint64_t bytes = 0, bytes_peak = 0;  // allocated on the device
     int n_sm = 0, major = 0, minor = 0;
+    char description[128] = "";
 };
 
 // Work of this thread goes to the device while this lives; the caller's own choice comes back afterwards.
@@ -131,6 +135,14 @@ bnb_status queue_status(Device &d, bnb_error *err, const char *doing) {
     error_t e = d.queue.status;
     d.queue.status = GPU(Success);
     return e == GPU(Success) ? BNB_OK : device_failed(d, err, e, doing);
+}
+
+// After waiting for a run: what failed, or the index that a kernel refused to follow.
+bnb_status run_status(Device &d, bnb_error *err) {
+    if (bnb_status s = queue_status(d, err, "running a plan")) return s;
+    int fault = *d.fault;
+    *d.fault = 0;
+    return fault ? bnb_fail(err, BNB_E_ARG, "node %d of the plan met an index outside its table (ids, rows or spans)", fault - 1) : BNB_OK;
 }
 
 void *device_alloc(void *dev, uint64_t bytes, bnb_error *err) {
@@ -207,10 +219,23 @@ bnb_status device_read(void *dev, void *dst, const void *src, uint64_t bytes, bn
         q.note(GPU(StreamSynchronize)(q.stream));
         if (q.status == GPU(Success)) std::memcpy(static_cast<char *>(dst) + at, d.staging[0], n);
     }
-    if (bnb_status s = queue_status(d, err, "running a plan")) return s;
-    int fault = *d.fault;
-    *d.fault = 0;
-    return fault ? bnb_fail(err, BNB_E_ARG, "node %d of the plan met an index outside its table (ids, rows or spans)", fault - 1) : BNB_OK;
+    return run_status(d, err);
+}
+
+bnb_status device_fetch_begin(void *dev, int32_t slot, const void *src, uint64_t bytes, bnb_error *err) {
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    d.queue.note(GPU(MemcpyAsync)(d.fetched + slot * BNB_FETCH_BYTES, src, bytes, GPU(MemcpyDeviceToHost), d.queue.stream));
+    d.queue.note(GPU(EventRecord)(d.fetch_done[slot], d.queue.stream));
+    return queue_status(d, err, "fetching a result");
+}
+
+bnb_status device_fetch_end(void *dev, int32_t slot, void *dst, uint64_t bytes, bnb_error *err) {
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    d.queue.note(GPU(EventSynchronize)(d.fetch_done[slot]));
+    std::memcpy(dst, d.fetched + slot * BNB_FETCH_BYTES, bytes);
+    return run_status(d, err);
 }
 
 /* ==== [DEVICE] ================================================================================================== */
@@ -524,6 +549,57 @@ __global__ void attention_kernel(Rows q, Rows k, Rows v, const int *span, int R,
     if (thread < D) put(y, t, h * D + thread, sum > 0 ? out / sum : 0);
 }
 
+// y[t] = the first index of the largest x[t]; -1 if there is a NaN. Keys order as (number, lower index first).
+__global__ void argmax_kernel(Rows x, int *y, int C) {
+    wait_for_previous();
+    __shared__ unsigned long long best[32];
+    long t = blockIdx.x;
+    unsigned long long top = 0;
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float v = get(x, t, c);
+        unsigned bits = __float_as_uint(v == 0 ? 0.0f : v); // -0 ties with 0
+        bits = v != v ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
+        unsigned long long key = static_cast<unsigned long long>(bits) << 32 | (0xffffffffu - static_cast<unsigned>(c));
+        top = key > top ? key : top;
+    }
+    for (int d = 16; d; d >>= 1) {
+        unsigned long long other = lane_xor(top, d);
+        top = other > top ? other : top;
+    }
+    if (threadIdx.x % 32 == 0) best[threadIdx.x / 32] = top;
+    __syncthreads();
+    if (threadIdx.x) return;
+    for (unsigned i = 1; i < blockDim.x / 32; i++) top = best[i] > top ? best[i] : top;
+    y[t] = top >> 32 == 0xffffffffu ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(top));
+}
+
+// Reads n x 16 bytes, for the device's limit; the sum is written so that nothing is dead code.
+__global__ void read_kernel(const uint4 *p, long n, unsigned *sum) {
+    unsigned s = 0;
+    for (long i = blockIdx.x * static_cast<long>(blockDim.x) + threadIdx.x; i < n; i += gridDim.x * static_cast<long>(blockDim.x)) {
+        uint4 v = p[i];
+        s += v.x ^ v.y ^ v.z ^ v.w;
+    }
+    if (s == 0x9e3779b9u) *sum = s;
+}
+
+// What a plan feeds back to its inputs, in order; one block.
+struct Feeds {
+    int n;
+    struct {
+        const int *from;
+        int *to;
+        int count, add[2];
+    } item[BNB_MAX_FEEDS];
+};
+__global__ void feed_kernel(Feeds f) {
+    wait_for_previous();
+    for (int i = 0; i < f.n; i++) {
+        for (int k = threadIdx.x; k < f.item[i].count; k += blockDim.x) f.item[i].to[k] = f.item[i].from[k] + f.item[i].add[k % 2];
+        __syncthreads();
+    }
+}
+
 /* ==== [PLAN] ====================================================================================================
  * A step is one kernel, or a few, for one node or for a chain of nodes: a product with the activation and the sum behind
  * it, q, k and v together, the norm in front. Results that no kernel needs are never written. */
@@ -542,6 +618,7 @@ struct Step {
 struct Compiled {
     Device *device;
     const bnb_graph *graph;
+    const bnb_plan_params *params;
     bool f16;                                           // products take f16
     std::vector<Step> steps;                            // in the order of running
     std::vector<const char *> names;                    // [n_nodes]
@@ -622,6 +699,11 @@ void run_softmax(Launch &l, const Step &s) {
                static_cast<int>(s.y->shape[1]));
 }
 
+void run_argmax(Launch &l, const Step &s) {
+    l.q.launch(argmax_kernel, dim3(static_cast<unsigned>(s.y->shape[0])), dim3(1024), l.rows(s.y->src[0]), static_cast<int *>(s.y->plane[0]),
+               static_cast<int>(s.y->src[0]->shape[1]));
+}
+
 void run_set_rows(Launch &l, const Step &s) {
     const bnb_tensor *a = s.nodes[0], *b = s.nodes.size() > 1 ? s.nodes[1] : nullptr;
     l.q.launch(set_rows_kernel, dim3(blocks(a->shape[1], THREADS), static_cast<unsigned>(a->src[1]->shape[0])), dim3(THREADS), l.rows(a->src[1]),
@@ -699,6 +781,7 @@ const Kernel kernels[] = {
     {"relu", BNB_OP_RELU, nullptr, nullptr, run_pointwise, 0},
     {"silu", BNB_OP_SILU, nullptr, nullptr, run_pointwise, 0},
     {"softmax", BNB_OP_SOFTMAX, nullptr, nullptr, run_softmax, 0},
+    {"argmax", BNB_OP_ARGMAX, nullptr, nullptr, run_argmax, 0},
     {"set_rows", BNB_OP_SET_ROWS, nullptr, nullptr, run_set_rows, 0},
     {"attention", BNB_OP_ATTENTION, fits_head, nullptr, run_attention, 0},
 };
@@ -911,6 +994,7 @@ void *device_compile(void *dev, const bnb_graph *g, const bnb_plan_params *param
         std::unique_ptr<Compiled> plan(new Compiled{});
         plan->device = &d;
         plan->graph = g;
+        plan->params = params;
         plan->f16 = params->compute_dtype != BNB_F32;
         return Compiler(*plan, nodes).run(scratch, err) ? plan.release() : nullptr;
     } catch (const std::bad_alloc &) {
@@ -939,6 +1023,17 @@ void launch_step(const Compiled &plan, Queue &q, char *scratch, const Step &s) {
     s.kernel->run(l, s);
 }
 
+void launch_feeds(const Compiled &plan, Queue &q) {
+    Feeds f = {};
+    f.n = plan.params->n_feeds;
+    for (int i = 0; i < f.n; i++) {
+        const bnb_feed &feed = plan.params->feeds[i];
+        f.item[i] = {static_cast<const int *>(feed.from->plane[0]), static_cast<int *>(feed.to->plane[0]),
+                     static_cast<int>(bnb_tensor_elements(feed.to)), {feed.add[0], feed.add[1]}};
+    }
+    if (f.n) q.launch(feed_kernel, dim3(1), dim3(THREADS), f);
+}
+
 // The addresses that a captured graph was made for: where tensors lie now.
 std::vector<const void *> addresses_of(const Compiled &plan, const char *scratch) {
     std::vector<const void *> list = {scratch};
@@ -960,6 +1055,7 @@ bnb_status capture(Compiled &plan, Queue &q, char *scratch, bnb_error *err) {
     }
     q.note(GPU(StreamBeginCapture)(q.stream, GPU(StreamCaptureModeThreadLocal)));
     for (const Step &s : plan.steps) launch_step(plan, q, scratch, s);
+    launch_feeds(plan, q);
     error_t ended = GPU(StreamEndCapture)(q.stream, &graph);
     q.note(ended);
     if (q.status == GPU(Success)) q.note(graph_instantiate(&plan.exec, graph));
@@ -983,6 +1079,7 @@ bnb_status run_timed(Compiled &plan, Queue &q, char *scratch, double *times, bnb
         q.note(GPU(EventElapsedTime)(&ms, from, to));
         times[s.at] += 1e-3 * ms;
     }
+    launch_feeds(plan, q);
     if (from) (void)GPU(EventDestroy)(from);
     if (to) (void)GPU(EventDestroy)(to);
     return queue_status(*plan.device, err, "running a plan");
@@ -1084,10 +1181,55 @@ void device_close(void *dev) {
             if (d->staging[i]) (void)host_free(d->staging[i]);
             if (d->staged[i]) (void)GPU(EventDestroy)(d->staged[i]);
         }
+        for (GPU(Event_t) done : d->fetch_done)
+            if (done) (void)GPU(EventDestroy)(done);
+        if (d->fetched) (void)host_free(d->fetched);
         if (d->fault) (void)host_free(d->fault);
         if (d->queue.stream) (void)GPU(StreamDestroy)(d->queue.stream);
     }
     delete d;
+}
+
+// The best of several readings of a buffer that no cache holds.
+bnb_status measure_bandwidth(Device &d, double *bytes_per_s, bnb_error *err) {
+    const uint64_t bytes = uint64_t{1} << 30;
+    Queue &q = d.queue;
+    char *buffer = static_cast<char *>(device_alloc(&d, bytes + ALIGN, err));
+    if (!buffer) return BNB_E_NOMEM;
+    GPU(Event_t) from = nullptr, to = nullptr;
+    float best = INFINITY;
+    q.note(GPU(EventCreate)(&from));
+    q.note(GPU(EventCreate)(&to));
+    q.note(GPU(MemsetAsync)(buffer, 1, bytes + ALIGN, q.stream));
+    for (int i = 0; i < 12 && q.status == GPU(Success); i++) {
+        float ms = 0;
+        q.note(GPU(EventRecord)(from, q.stream));
+        q.launch(read_kernel, dim3(static_cast<unsigned>(d.n_sm * 8)), dim3(THREADS), reinterpret_cast<const uint4 *>(buffer), static_cast<long>(bytes / 16),
+                 reinterpret_cast<unsigned *>(buffer + bytes));
+        q.note(GPU(EventRecord)(to, q.stream));
+        q.note(GPU(EventSynchronize)(to));
+        q.note(GPU(EventElapsedTime)(&ms, from, to));
+        best = ms < best ? ms : best;
+    }
+    if (from) (void)GPU(EventDestroy)(from);
+    if (to) (void)GPU(EventDestroy)(to);
+    device_free(&d, buffer, bytes + ALIGN);
+    *bytes_per_s = static_cast<double>(bytes) / (1e-3 * static_cast<double>(best));
+    return queue_status(d, err, "measuring the device's bandwidth");
+}
+
+bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_error *err) {
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    size_t free = 0, total = 0;
+    d.queue.note(GPU(MemGetInfo)(&free, &total));
+    std::snprintf(info->description, sizeof info->description, "%s", d.description);
+    info->total_bytes = total;
+    info->free_bytes = free;
+    info->used_bytes = d.bytes;
+    info->peak_bytes = d.bytes_peak;
+    if (bnb_status s = queue_status(d, err, "asking for the device's memory")) return s;
+    return measure ? measure_bandwidth(d, &info->read_bandwidth, err) : BNB_OK;
 }
 
 void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
@@ -1107,6 +1249,8 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
         q.note(host_alloc(reinterpret_cast<void **>(&d->staging[i]), STAGING_BYTES));
         q.note(GPU(EventCreateWithFlags)(&d->staged[i], GPU(EventDisableTiming)));
     }
+    for (GPU(Event_t) &done : d->fetch_done) q.note(GPU(EventCreateWithFlags)(&done, GPU(EventDisableTiming)));
+    q.note(host_alloc(reinterpret_cast<void **>(&d->fetched), BNB_FETCH_SLOTS * BNB_FETCH_BYTES));
     q.note(host_alloc(reinterpret_cast<void **>(&d->fault), sizeof *d->fault));
     if (bnb_status s = queue_status(*d, err, "opening the device")) {
         (void)s;
@@ -1117,6 +1261,7 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     d->n_sm = properties.multiProcessorCount;
     d->major = properties.major;
     d->minor = properties.minor;
+    std::snprintf(d->description, sizeof d->description, "%.80s, %d multiprocessors, %d.%d", properties.name, d->n_sm, d->major, d->minor);
 #ifdef __CUDACC__
     q.overlap = d->major >= 9;
 #endif
@@ -1126,6 +1271,6 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
 } // namespace
 
 extern "C" const bnb_backend_api GPU_TABLE = {
-    sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_alloc, device_free, device_write, device_read,
-    device_place, device_upload, device_download, device_compile, device_release, device_describe, device_run,
+    sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_info, device_alloc, device_free, device_write, device_read,
+    device_fetch_begin, device_fetch_end, device_place, device_upload, device_download, device_compile, device_release, device_describe, device_run,
 };

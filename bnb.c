@@ -447,6 +447,7 @@ struct bnb_backend {
     const bnb_backend_api *api;
     void *dev;
     char name[32];
+    uint8_t fetched[BNB_FETCH_SLOTS][BNB_FETCH_BYTES]; /* of a device without fetches of its own */
 };
 
 /* Host memory: the caller's own, or the CPU backend's. */
@@ -1616,6 +1617,27 @@ bnb_status bnb_tensor_read(const bnb_tensor *t, uint64_t offset, void *dst, uint
     return BNB_OK;
 }
 
+static bnb_status bnb__check_fetch(const bnb_tensor *t, int32_t slot, bnb_error *err) {
+    uint64_t bytes = bnb__plane_size(t, 0);
+    if (slot < 0 || slot >= BNB_FETCH_SLOTS || bytes > BNB_FETCH_BYTES || !t->backend)
+        return bnb_fail(err, BNB_E_ARG, "tensor '%s': %llu bytes cannot be fetched through slot %d", t->name, (unsigned long long)bytes, (int)slot);
+    return bnb__check_range(t, 0, bytes, "fetched", err);
+}
+
+bnb_status bnb_tensor_fetch_begin(const bnb_tensor *t, int32_t slot, bnb_error *err) {
+    bnb_status s = bnb__check_fetch(t, slot, err);
+    if (!s && t->backend->api->fetch_begin) s = t->backend->api->fetch_begin(t->backend->dev, slot, t->plane[0], bnb__plane_size(t, 0), err);
+    else if (!s) s = t->backend->api->read(t->backend->dev, t->backend->fetched[slot], t->plane[0], bnb__plane_size(t, 0), err);
+    return s;
+}
+
+bnb_status bnb_tensor_fetch_end(const bnb_tensor *t, int32_t slot, void *dst, bnb_error *err) {
+    bnb_status s = bnb__check_fetch(t, slot, err);
+    if (!s && t->backend->api->fetch_end) s = t->backend->api->fetch_end(t->backend->dev, slot, dst, bnb__plane_size(t, 0), err);
+    else if (!s) memcpy(dst, t->backend->fetched[slot], bnb__plane_size(t, 0));
+    return s;
+}
+
 const char *bnb_tensor_name(const bnb_tensor *t) { return t->name; }
 int32_t bnb_tensor_type(const bnb_tensor *t) { return t->type; }
 const bnb_quant *bnb_tensor_quant(const bnb_tensor *t) { return &t->quant; }
@@ -1739,6 +1761,16 @@ static const char *bnb__shape_columns(bnb_tensor *y) {
     return NULL;
 }
 
+static const char *bnb__shape_argmax(bnb_tensor *y) {
+    const bnb_tensor *x = y->src[0];
+    if (!bnb__is_rows(x) || x->shape[1] < 1) return "the input must be f32 [T, C], C not 0";
+    bnb__result(y, x->shape[0], 1);
+    y->type = BNB_I32;
+    y->n_dims = 1;
+    bnb__set_strides(y);
+    return NULL;
+}
+
 static const bnb__op_card bnb__ops[BNB_OP_COUNT] = {
     [BNB_OP_NONE] = {"none", 0, 0, NULL},
     [BNB_OP_EMBED] = {"embed", 2, 0, bnb__shape_embed},
@@ -1756,6 +1788,7 @@ static const bnb__op_card bnb__ops[BNB_OP_COUNT] = {
     [BNB_OP_SET_ROWS] = {"set_rows", 3, BNB__WRITES, bnb__shape_set_rows},
     [BNB_OP_ATTENTION] = {"attention", 4, 0, bnb__shape_attention},
     [BNB_OP_COLUMNS] = {"columns", 1, BNB__VIEW, bnb__shape_columns},
+    [BNB_OP_ARGMAX] = {"argmax", 1, 0, bnb__shape_argmax},
 };
 
 const char *bnb_op_name(int32_t op) { return op < 0 || op >= BNB_OP_COUNT ? NULL : bnb__ops[op].name; }
@@ -1816,6 +1849,8 @@ BNB__UNARY(bnb_relu, BNB_OP_RELU)
 BNB__UNARY(bnb_silu, BNB_OP_SILU)
 BNB__UNARY(bnb_softmax, BNB_OP_SOFTMAX)
 #undef BNB__UNARY
+
+bnb_tensor *bnb_argmax(bnb_ctx *c, bnb_tensor *x) { return bnb__node(c, BNB_OP_ARGMAX, BNB__NO_PARAMS, x, NULL, NULL, NULL); }
 
 bnb_tensor *bnb_set_rows(bnb_ctx *c, bnb_tensor *cache, bnb_tensor *x, bnb_tensor *rows) {
     return bnb__node(c, BNB_OP_SET_ROWS, BNB__NO_PARAMS, cache, x, rows, NULL);
@@ -3784,6 +3819,14 @@ static void bnb__softmax_ref(const bnb__job *j, int32_t phase, int64_t t) {
     for (int64_t i = 0; i < n; i++) out[i] = (float)(out[i] / sum);
 }
 
+static void bnb__argmax_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const float *x = bnb__row(j->y->src[0], t);
+    int32_t at = 0;
+    (void)phase;
+    for (int64_t i = 0; i < j->y->src[0]->shape[1] && at >= 0; i++) at = x[i] != x[i] ? -1 : x[i] > x[at] ? (int32_t)i : at;
+    ((int32_t *)j->y->plane[0])[t] = at;
+}
+
 static int64_t bnb__set_rows_ref_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->src[1]->shape[0]; }
 
 static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
@@ -3841,6 +3884,7 @@ static const bnb__kernel bnb__reference_kernels[] = {
     {"relu_ref", BNB_OP_RELU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
     {"silu_ref", BNB_OP_SILU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
     {"softmax_ref", BNB_OP_SOFTMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__softmax_ref},
+    {"argmax_ref", BNB_OP_ARGMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__argmax_ref},
     {"set_rows_ref", BNB_OP_SET_ROWS, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__set_rows_ref_tiles, NULL, NULL, bnb__set_rows_ref},
     {"attention_ref", BNB_OP_ATTENTION, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__attention_ref_tiles, NULL, bnb__attention_ref_local, bnb__attention_ref},
 };
@@ -3876,6 +3920,7 @@ typedef struct bnb__step { /* one phase of one node */
 typedef struct bnb__cpu_plan {
     bnb_env *env;
     const bnb_graph *graph;
+    const bnb_plan_params *params;
     const bnb__kernel **kernels; /* [n_nodes]; NULL for views */
     bnb__step *steps;            /* [n_steps] */
     _Atomic int64_t *next;       /* [n_steps]: tiles handed out */
@@ -3901,6 +3946,7 @@ static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_para
     if (!p) return NULL;
     p->env = env;
     p->graph = g;
+    p->params = params;
     p->bytes = bytes;
     p->steps = (bnb__step *)(p + 1);
     p->next = (_Atomic int64_t *)(p->steps + n * MAX_PHASES);
@@ -3981,6 +4027,12 @@ static bnb_status bnb__cpu_run(void *dev, void *compiled, void *scratch, double 
     for (int32_t i = 0; i < p->n_steps; i++) atomic_store_explicit(&p->next[i], 0, memory_order_relaxed);
     if (times) memset(times, 0, (size_t)p->graph->n_nodes * sizeof *times);
     bnb__team(dev, bnb__cpu_team, p);
+    for (int32_t i = 0; i < p->params->n_feeds; i++) {
+        const bnb_feed *f = &p->params->feeds[i];
+        int64_t n = bnb_tensor_elements(f->to);
+        for (int64_t k = 0; k < n; k++)
+            ((int32_t *)f->to->plane[0])[k] = (int32_t)((uint32_t)((const int32_t *)f->from->plane[0])[k] + (uint32_t)f->add[k % 2]);
+    }
     return BNB_OK;
 }
 
@@ -3996,8 +4048,8 @@ static bnb_status bnb__cpu_copy(void *dev, void *dst, const void *src, uint64_t 
 }
 
 static const bnb_backend_api bnb__cpu_api = {
-    sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
-    bnb__cpu_copy, NULL, NULL, NULL, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
+    sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, NULL, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
+    bnb__cpu_copy, NULL, NULL, NULL, NULL, NULL, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
 };
 
 /* ==== [DEV] ===================================================================================================== */
@@ -4067,6 +4119,11 @@ bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err) {
 void bnb_backend_close(bnb_backend *b) { if (b) bnb__disown(&b->owned); }
 const char *bnb_backend_name(const bnb_backend *b) { return b->name; }
 
+bnb_status bnb_backend_info(bnb_backend *b, int32_t measure, bnb_device_info *info, bnb_error *err) {
+    memset(info, 0, sizeof *info);
+    return b->api->info ? b->api->info(b->dev, measure, info, err) : BNB_OK;
+}
+
 /* ==== [PLAN] ====================================================================================================
  * Every node that is not a view, and every input, needs bytes from its definition to its last use. A node may take over
  * its first input's bytes when it is that input's last user. Slots are placed greedily, largest first, at the lowest
@@ -4103,7 +4160,7 @@ static bnb_tensor *bnb__root(bnb_tensor *t) {
 }
 
 void bnb_plan_params_default(bnb_plan_params *p, uint32_t struct_size) {
-    bnb_plan_params d = {struct_size, BNB_COMPUTE_AUTO, 0};
+    bnb_plan_params d = {.struct_size = struct_size, .compute_dtype = BNB_COMPUTE_AUTO};
     memcpy(p, &d, BNB__MIN(struct_size, sizeof d));
 }
 
@@ -4221,6 +4278,16 @@ bnb_plan *bnb_plan_create(bnb_backend *backend, bnb_graph *g, const bnb_plan_par
             bnb_fail(err, BNB_E_ARG, "input '%s' belongs to another ctx", g->leaves[i]->name);
             return NULL;
         }
+    for (int32_t i = 0; i < d.n_feeds; i++) {
+        const bnb_tensor *from = i < BNB_MAX_FEEDS ? d.feeds[i].from : NULL, *to = from ? d.feeds[i].to : NULL;
+        int32_t known = 0;
+        for (int32_t k = 0; k < g->n_leaves; k++) known |= (g->leaves[k] == to) | (g->leaves[k] == from) << 1;
+        if (!to || !(known & 1) || !((known & 2 ? BNB_FLAG_INPUT : BNB_FLAG_OUTPUT) & from->flags) || !(to->flags & BNB_FLAG_INPUT) ||
+            from->ctx != g->ctx || from->type != BNB_I32 || to->type != BNB_I32 || bnb_tensor_elements(from) != bnb_tensor_elements(to)) {
+            bnb_fail(err, BNB_E_ARG, "feed %d of the plan does not go from an i32 input or output of the graph to an input of its size", (int)i);
+            return NULL;
+        }
+    }
     if (g->planned) {
         bnb_fail(err, BNB_E_ARG, "this graph has a plan already: free it first, or build another graph");
         return NULL;

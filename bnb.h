@@ -212,6 +212,12 @@ bnb_status bnb_tensor_bind(bnb_tensor *t, void *const *planes, bnb_error *err);
 bnb_status bnb_tensor_write(bnb_tensor *t, uint64_t offset, const void *src, uint64_t n, bnb_error *err);
 bnb_status bnb_tensor_read(const bnb_tensor *t, uint64_t offset, void *dst, uint64_t n, bnb_error *err);
 
+/* A read in two halves, so that a device need not stand still: begin notes the present value (plane 0, at most
+ * BNB_FETCH_BYTES) in a slot of t's device, end waits for it and copies it to dst. One fetch at a time for each slot. */
+enum { BNB_FETCH_SLOTS = 4, BNB_FETCH_BYTES = 4096 };
+bnb_status bnb_tensor_fetch_begin(const bnb_tensor *t, int32_t slot, bnb_error *err);
+bnb_status bnb_tensor_fetch_end(const bnb_tensor *t, int32_t slot, void *dst, bnb_error *err);
+
 const char *bnb_tensor_name(const bnb_tensor *t);
 int32_t bnb_tensor_type(const bnb_tensor *t);
 const bnb_quant *bnb_tensor_quant(const bnb_tensor *t);
@@ -260,13 +266,14 @@ bnb_status bnb_tensor_check_finite(bnb_env *env, const bnb_tensor *t, bnb_error 
     X(12, SOFTMAX, "softmax")                                                                  \
     X(13, SET_ROWS, "set_rows")  /* cache[rows[t]] = x[t]                                   */ \
     X(14, ATTENTION, "attention")                                                              \
-    X(15, COLUMNS, "columns")    /* a view of some columns                                  */
+    X(15, COLUMNS, "columns")    /* a view of some columns                                  */ \
+    X(16, ARGMAX, "argmax")      /* y[t] = where x[t] is largest                            */
 
 enum {
 #define BNB_OP_ENUM(id, symbol, name) BNB_OP_##symbol = id,
     BNB_OPS(BNB_OP_ENUM)
 #undef BNB_OP_ENUM
-    BNB_OP_COUNT = 16
+    BNB_OP_COUNT = 17
 };
 
 const char *bnb_op_name(int32_t op);
@@ -301,6 +308,9 @@ bnb_tensor *bnb_attention(bnb_ctx *ctx, bnb_tensor *q, bnb_tensor *k, bnb_tensor
 /* View of columns [first, first + n) of x [T, C]. -> f32 [T, n], no copy */
 bnb_tensor *bnb_columns(bnb_ctx *ctx, bnb_tensor *x, int64_t first, int64_t n);
 
+/* The first index of each row's largest number; -1 if the row has a NaN. -> i32 [T] */
+bnb_tensor *bnb_argmax(bnb_ctx *ctx, bnb_tensor *x);
+
 /* ---- [GRAPH] ---------------------------------------------------------------------------------------------------------*/
 
 typedef struct bnb_graph bnb_graph; /* owned by its ctx */
@@ -322,10 +332,21 @@ enum {
                              GPU: f16 products summed in f32; f32 if the weights are f32                            */
 };
 
+/* What a plan feeds back: after a run, to[i] = from[i] + add[i % 2]. Both are i32 of one size, `to` an input of the graph
+ * and `from` an input or an output. So a plan that ends in argmax can write token after token with no host in between. */
+typedef struct bnb_feed {
+    bnb_tensor *from, *to;
+    int32_t add[2];
+} bnb_feed;
+
+enum { BNB_MAX_FEEDS = 8 };
+
 typedef struct bnb_plan_params {
     uint32_t struct_size;
     int32_t compute_dtype; /* of linear with f16, bf16 and 4-bit weights: BNB_F32, BNB_BF16 (cpu), BNB_F16 (gpu) or AUTO   */
     int32_t no_reuse;      /* 1: no memory is used twice (for debugging)                                              */
+    int32_t n_feeds;
+    bnb_feed feeds[BNB_MAX_FEEDS]; /* [n_feeds], carried out in this order                                            */
 } bnb_plan_params;
 
 typedef struct bnb_memory {
@@ -429,6 +450,15 @@ bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err); /
 void bnb_backend_close(bnb_backend *backend);
 const char *bnb_backend_name(const bnb_backend *backend); /* "cpu" */
 
+typedef struct bnb_device_info {
+    char description[128];           /* "NVIDIA H100 80GB HBM3, 132 multiprocessors, sm_90"; "" for the CPU            */
+    uint64_t total_bytes, free_bytes;
+    uint64_t used_bytes, peak_bytes; /* allocated through this backend, now and at most                               */
+    double read_bandwidth;           /* bytes per second of plain reading; 0 unless measure was asked for (about 0.1 s) */
+} bnb_device_info;
+/* All zeros for the CPU: see bnb_env_bytes. */
+bnb_status bnb_backend_info(bnb_backend *backend, int32_t measure, bnb_device_info *info, bnb_error *err);
+
 typedef union bnb_params {
     struct { float eps; } norm;
     struct { float factor; } scale;
@@ -468,10 +498,14 @@ typedef struct bnb_backend_api {
     int32_t (*device_count)(void);                                     /* 0 without a driver */
     void *(*open)(bnb_env *env, int32_t index, bnb_error *err);
     void (*close)(void *dev);
+    bnb_status (*info)(void *dev, int32_t measure, bnb_device_info *info, bnb_error *err); /* NULL: nothing to say */
     void *(*alloc)(void *dev, uint64_t bytes, bnb_error *err);         /* device memory, 256-byte aligned */
     void (*free)(void *dev, void *ptr, uint64_t bytes);
     bnb_status (*write)(void *dev, void *dst, const void *src, uint64_t bytes, bnb_error *err);
     bnb_status (*read)(void *dev, void *dst, const void *src, uint64_t bytes, bnb_error *err);
+    /* bnb_tensor_fetch_*; NULL where a read does not wait */
+    bnb_status (*fetch_begin)(void *dev, int32_t slot, const void *src, uint64_t bytes, bnb_error *err);
+    bnb_status (*fetch_end)(void *dev, int32_t slot, void *dst, uint64_t bytes, bnb_error *err);
     /* Weights on a device; all NULL where they are used as they lie in host memory. place sets layout and layout_bytes;
      * upload fills planes that start at t->plane[0], layout_bytes long; download restores dst's canonical planes. */
     void (*place)(void *dev, bnb_tensor *t, int32_t compute_dtype);
@@ -479,7 +513,8 @@ typedef struct bnb_backend_api {
     bnb_status (*download)(void *dev, const bnb_tensor *t, bnb_tensor *dst, bnb_error *err);
     /* Chooses a kernel for every node; nodes: [bnb_graph_size]; *scratch: device bytes it needs beside the tensors.
      * NULL: err says which node has no kernel. describe gives the kernel's name of node i. run is called when every
-     * tensor has its address; it may return before the device is done: read waits, and reports what went wrong. */
+     * tensor has its address, and carries out params->feeds at its end; it may return before the device is done: read
+     * waits, and reports what went wrong. params outlive what is compiled. */
     void *(*compile)(void *dev, const bnb_graph *graph, const bnb_plan_params *params, bnb_node_plan *nodes,
                      uint64_t *scratch, bnb_error *err);
     void (*release)(void *dev, void *compiled);

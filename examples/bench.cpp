@@ -35,7 +35,7 @@ cli::Program program(Options &o) {
             cli::Rows{cli::heading("What to measure"),
                       {"-p, --n-prompt", "N", &o.n_prompt, "prompt tokens (prefill); 0: skip", 0},
                       {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
-                      {"-b, --batch", "LIST", &o.batch, "rows: of one product each with --ops; a model takes 1 only"},
+                      {"-b, --batch", "LIST", &o.batch, "sequences that a model decodes together (one number); --ops: rows of a product"},
                       {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
                       {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
                       {"--shape", "N,K", &o.shape, "of W with --ops"}} +
@@ -151,11 +151,17 @@ double prefill_seconds(bnb_session *s, const std::vector<int32_t> &ids) {
     return cli::now() - start;
 }
 
-double decode_seconds(bnb_session *s, const std::vector<int32_t> &ids) {
-    sync(s, ids, 1);
-    const double start = cli::now();
-    for (size_t n = 2; n <= ids.size(); n++) sync(s, ids, int64_t(n));
-    return cli::now() - start;
+// Greedy, every sequence from a token of its own.
+double decode_seconds(bnb_session *s, const std::vector<int32_t> &ids, int64_t n_gen) {
+    bnb_error err;
+    bnb_generate_result r;
+    std::vector<const int32_t *> prompts;
+    for (const int32_t &id : ids) prompts.push_back(&id);
+    const std::vector<int64_t> lengths(ids.size(), 1);
+    std::vector<int32_t> out(ids.size() * size_t(n_gen + 1));
+    cli::need(bnb_generate_batch(s, prompts.data(), lengths.data(), n_gen + 1, out.data(), &r, &err), err);
+    cli::stop_if_interrupted();
+    return r.generate_s;
 }
 
 // Weights that one token needs: all but tables of which it reads a row. The token table is the output head as well
@@ -183,19 +189,22 @@ struct Result {
     Speed prefill, decode;
     uint64_t bytes_token, peak;
     double bandwidth; // bytes per second
+    int64_t batch;    // sequences that read the weights together
+    std::string device;
+    uint64_t device_peak, device_planned;
 
-    double used() const { return double(bytes_token) * decode.median; }
+    double used() const { return double(bytes_token) * decode.median / double(batch); }
     double percent() const { return 100 * used() / bandwidth; }
 };
 
-Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s) {
+Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s, int64_t batch) {
     const bnb_model_info info = cli::model_info(model);
     bnb_error err;
     const int64_t n_ctx = std::max(o.n_prompt, o.n_gen + 1);
     if (n_ctx > info.n_ctx)
         cli::fail(cli::format("%lld tokens are more than this model's context of %lld: lower -p or -n",
                               static_cast<long long>(n_ctx), static_cast<long long>(info.n_ctx)));
-    const cli::Session session(cli::need(bnb_session_create(model, n_ctx, &err), err));
+    const cli::Session session(cli::need(bnb_session_create_batch(model, n_ctx, int32_t(batch), &err), err));
     std::vector<double> prefill, decode;
     for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
         const double p =
@@ -204,13 +213,19 @@ Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s) 
                 : 0;
         const double d =
             o.n_gen
-                ? double(o.n_gen) / decode_seconds(session.get(), random_tokens(o.n_gen + 1, info.n_vocab, 2 * rep + 1))
+                ? double(batch * o.n_gen) / decode_seconds(session.get(), random_tokens(batch, info.n_vocab, 2 * rep + 1), o.n_gen)
                 : 0;
         if (rep && o.n_prompt) prefill.push_back(p);
         if (rep && o.n_gen) decode.push_back(d);
         bnb_progress(env, "bench", double(rep + 1) / double(o.reps + 1));
     }
     const uint64_t peak = cli::peak_bytes(); // before the bandwidth buffer
+    bnb_device_info device, limit;
+    bnb_memory planned;
+    bnb_backend *backend = bnb_model_backend(model);
+    bnb_session_memory(session.get(), &planned);
+    cli::need(bnb_backend_info(backend, 0, &device, &err), err);
+    cli::need(bnb_backend_info(backend, 1, &limit, &err), err);
     return {info,
             bnb_model_compute(model),
             bnb_env_threads(env),
@@ -219,7 +234,11 @@ Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s) 
             Speed(decode),
             bytes_per_token(model),
             peak,
-            read_bandwidth(env)};
+            limit.read_bandwidth > 0 ? limit.read_bandwidth : read_bandwidth(env),
+            batch,
+            device.description,
+            device.peak_bytes,
+            planned.weights + planned.state + planned.work};
 }
 
 void print_model(const Options &o, const std::string &name, const Result &r) {
@@ -229,15 +248,18 @@ void print_model(const Options &o, const std::string &name, const Result &r) {
     };
     row("model", cli::format("%s, %.3f billion parameters, linear weights %s", name.c_str(),
                              double(r.info.n_params) / 1e9, bnb_type_name(r.info.linear_type)));
-    row("compute", cli::format("%s, %d threads", r.compute.c_str(), r.threads));
+    if (!r.device.empty()) row("device", r.device);
+    row("compute", r.device.empty() ? cli::format("%s, %d threads", r.compute.c_str(), r.threads) : r.compute);
     row("load", cli::format("%.3f s", r.load_s));
     row("footprint", cli::gib_text(r.info.footprint));
     row("peak memory", cli::gib_text(r.peak));
+    if (!r.device.empty()) row("peak on device", cli::gib_text(r.device_peak) + ", planned " + cli::gib_text(r.device_planned));
     if (o.n_prompt) row(cli::format("prefill (pp%lld)", static_cast<long long>(o.n_prompt)), r.prefill.text());
-    if (o.n_gen) row(cli::format("decode (tg%lld)", static_cast<long long>(o.n_gen)), r.decode.text());
+    const std::string sequences = r.batch > 1 ? cli::format(", %lld sequences", static_cast<long long>(r.batch)) : "";
+    if (o.n_gen) row(cli::format("decode (tg%lld)", static_cast<long long>(o.n_gen)), r.decode.text() + sequences);
     row("bandwidth", cli::format("%.2f GB/s measured by reading memory", r.bandwidth / 1e9));
     if (o.n_gen)
-        row("decode reads", cli::format("%.3f GB of weights per token, %.2f GB/s, %.1f %% of that",
+        row("decode reads", cli::format("%.3f GB of weights per step, %.2f GB/s, %.1f %% of that",
                                         double(r.bytes_token) / 1e9, r.used() / 1e9, r.percent()));
     cli::print(out);
 }
@@ -246,7 +268,7 @@ void print_model_json(const Options &o, const std::string &name, const Result &r
     cli::Json json;
     json.add("model", name).add("arch", r.info.arch).add("type", bnb_type_name(r.info.linear_type));
     json.add("n_params", r.info.n_params).add("compute", r.compute).add("threads", r.threads);
-    json.add("n_prompt", o.n_prompt).add("n_gen", o.n_gen).add("batch", 1).add("reps", o.reps);
+    json.add("n_prompt", o.n_prompt).add("n_gen", o.n_gen).add("batch", r.batch).add("reps", o.reps);
     json.add("prefill_tok_s", r.prefill.median)
         .add("prefill_tok_s_min", r.prefill.low)
         .add("prefill_tok_s_max", r.prefill.high);
@@ -257,19 +279,20 @@ void print_model_json(const Options &o, const std::string &name, const Result &r
         .add("footprint_gib", cli::gib(r.info.footprint))
         .add("weight_bytes", r.info.weight_bytes);
     json.add("peak_bytes", r.peak).add("bytes_per_token", r.bytes_token).add("read_gb_s", r.bandwidth / 1e9);
+    if (!r.device.empty()) json.add("device", r.device).add("device_peak_bytes", r.device_peak).add("device_planned_bytes", r.device_planned);
     json.add("decode_gb_s", r.used() / 1e9).add("pct_of_bandwidth", r.percent());
     cli::print(json.text() + "\n");
 }
 
 void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
-    if (positive_list("--batch", o.batch) != std::vector<int64_t>{1})
-        cli::usage("--batch: a model takes one row only in this version");
+    const std::vector<int64_t> batch = positive_list("--batch", o.batch);
+    if (batch.size() != 1) cli::usage("--batch: one number is needed for a model");
     const bool synthetic = !o.synthetic.name.empty();
     if (synthetic == !o.model.path.empty()) cli::usage("give one of -m MODEL, --synthetic NAME and --ops");
     const double start = cli::now();
     const cli::Model model =
         synthetic ? o.synthetic.make(env, false, given, o.quant, o.model) : o.model.load(env, given, o.quant);
-    const Result r = measure(o, env, model.get(), cli::now() - start);
+    const Result r = measure(o, env, model.get(), cli::now() - start, batch[0]);
     const std::string name = synthetic ? o.synthetic.name : o.model.path;
     cli::hide_bar();
     if (o.common.json) print_model_json(o, name, r);
@@ -281,6 +304,7 @@ void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
 struct Products { // y [M, N] = x [M, K] W [N, K]^T, several times in one plan, each with its own W
     cli::Ctx ctx;
     cli::Plan plan;
+    bnb_tensor *wait; // a result: reading it waits for the device
 };
 
 struct Bench {
@@ -290,8 +314,8 @@ struct Bench {
     int64_t n, k;
     bnb_quant quant;
     bnb_plan_params plan_params;
-    cli::Backend backend;
-    cli::Ctx weights; // holds w, from which every product's own W is copied
+    cli::Backend backend, host; // host: the CPU, where w is made
+    cli::Ctx weights; // holds w on the host, from which every product's own W is copied
     bnb_tensor *w;
 
     Bench(const Options &options, const cli::Given &given, bnb_env *env);
@@ -323,6 +347,7 @@ Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e) : o(op
     bnb_error err;
     const std::string device = model.device;
     backend.reset(cli::need(bnb_backend_open(env, device.c_str(), &err), err));
+    host.reset(cli::need(bnb_backend_open(env, "cpu", &err), err));
     make_weights();
 }
 
@@ -333,8 +358,8 @@ void Bench::make_weights() {
     const cli::Ctx scratch(cli::need(bnb_ctx_create(env, &err), err));
     bnb_tensor *source = bnb_tensor_new(scratch.get(), BNB_F32, nullptr, 2, shape, "source");
     w = new_weight(weights.get());
-    cli::need(bnb_ctx_alloc(scratch.get(), backend.get(), &err), err);
-    cli::need(bnb_ctx_alloc(weights.get(), backend.get(), &err), err);
+    cli::need(bnb_ctx_alloc(scratch.get(), host.get(), &err), err);
+    cli::need(bnb_ctx_alloc(weights.get(), host.get(), &err), err);
     Random random = {1};
     float *values = static_cast<float *>(bnb_tensor_plane(source, 0));
     for (int64_t i = 0; i < n * k; i++) values[i] = random.normal() * 0.02f;
@@ -343,43 +368,45 @@ void Bench::make_weights() {
     quant = *bnb_tensor_quant(w); // with the offset that quantizing found
 }
 
-void copy_planes(const bnb_tensor *from, const bnb_tensor *to) {
-    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
-        const uint64_t bytes = bnb_plane_bytes(bnb_tensor_type(from), bnb_tensor_quant(from), bnb_tensor_n_dims(from),
-                                               bnb_tensor_shape(from), p);
-        if (bytes) memcpy(bnb_tensor_plane(to, p), bnb_tensor_plane(from, p), bytes);
-    }
-}
-
 Products Bench::products(int64_t m, size_t copies) const {
     bnb_error err;
     const int64_t shape[2] = {m, k};
     Products p;
     p.ctx.reset(cli::need(bnb_ctx_create(env, &err), err));
-    bnb_tensor *x = bnb_input(p.ctx.get(), BNB_F32, 2, shape, "x");
+    const int64_t sum_shape[2] = {m, n};
+    bnb_tensor *x = bnb_input(p.ctx.get(), BNB_F32, 2, shape, "x"), *sum = bnb_input(p.ctx.get(), BNB_F32, 2, sum_shape, "sum");
+    // as in a model: x comes from an op before, in the type that the product wants, and the result is added to something,
+    // which also keeps products of the same x from being made by one kernel
+    bnb_tensor *h = bnb_scale(p.ctx.get(), x, 1);
     std::vector<bnb_tensor *> ws, ys;
     for (size_t i = 0; i < copies; i++) {
-        ws.push_back(new_weight(p.ctx.get()));
-        ys.push_back(bnb_linear(p.ctx.get(), x, ws.back(), nullptr));
+        ws.push_back(cli::need(bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype), err));
+        ys.push_back(bnb_add(p.ctx.get(), sum, bnb_linear(p.ctx.get(), h, ws.back(), nullptr)));
     }
     bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), ys.data(), int32_t(copies), &err), err);
-    cli::need(bnb_ctx_alloc(p.ctx.get(), backend.get(), &err), err);
-    for (bnb_tensor *copy : ws) copy_planes(w, copy);
+    for (bnb_tensor *copy : ws) cli::need(bnb_tensor_upload(copy, w, &err), err);
     p.plan.reset(cli::need(bnb_plan_create(backend.get(), graph, &plan_params, &err), err));
     cli::need(bnb_plan_alloc(p.plan.get(), &err), err);
     Random random = {2};
     std::vector<float> values(size_t(m * k));
     for (float &v : values) v = random.normal();
     cli::need(bnb_tensor_write(x, 0, values.data(), values.size() * sizeof(float), &err), err);
+    values.assign(size_t(m * n), 0.5f);
+    cli::need(bnb_tensor_write(sum, 0, values.data(), values.size() * sizeof(float), &err), err);
+    p.wait = ys[0];
     return p;
 }
 
-std::string kernel_name(const bnb_plan *plan) { // of the first node: the third word of its line
+// The third word of the line of a product, or of the sum that it is computed with.
+std::string kernel_name(const bnb_plan *plan) {
     std::string text(bnb_plan_describe(plan, nullptr, 0) + 1, '\0');
     bnb_plan_describe(plan, text.data(), text.size());
-    char name[128] = "";
-    sscanf(text.c_str(), "%*s %*s %127s", name);
-    return name;
+    char op[128] = "", name[128] = "";
+    for (size_t at = 0; at < text.size(); at = text.find('\n', at) + 1) {
+        if (sscanf(text.c_str() + at, "%*s %127s %127s", op, name) != 2) break;
+        if (strstr(name, "linear")) return name;
+    }
+    return "none";
 }
 
 // Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model
@@ -394,9 +421,11 @@ double Bench::seconds(int64_t m, std::string *kernel) const {
     for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
         const double start = cli::now();
         size_t runs = 0;
+        float one;
         do { // for at least 0.1 s
-            cli::need(bnb_plan_run(p.plan.get(), &err), err);
-            runs += copies;
+            for (int i = 0; i < 8; i++) cli::need(bnb_plan_run(p.plan.get(), &err), err);
+            runs += 8 * copies;
+            cli::need(bnb_tensor_read(p.wait, 0, &one, sizeof one, &err), err);
             cli::stop_if_interrupted();
         } while (cli::now() - start < 0.1);
         if (rep) times.push_back((cli::now() - start) / double(runs));
@@ -407,12 +436,13 @@ double Bench::seconds(int64_t m, std::string *kernel) const {
 struct OpsTable { // printed row by row, or as one JSON object at the end
     const Bench &b;
     double bandwidth; // bytes per second
+    std::string device;
     bool json;
     std::vector<cli::Json> rows;
 
     void head() const {
-        const std::string limit =
-            cli::format("%d threads, memory reads at %.2f GB/s", bnb_env_threads(b.env), bandwidth / 1e9);
+        const std::string where = device.empty() ? cli::format("%d threads", bnb_env_threads(b.env)) : device;
+        const std::string limit = cli::format("%s, memory reads at %.2f GB/s", where.c_str(), bandwidth / 1e9);
         if (json) return;
         cli::print(cli::format("%s [%lld, %lld], %s\n", bnb_type_name(b.type), static_cast<long long>(b.n),
                                static_cast<long long>(b.k), limit.c_str()));
@@ -435,6 +465,7 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
     void end() const {
         cli::Json object;
         object.add("type", bnb_type_name(b.type)).add("n", b.n).add("k", b.k).add("threads", bnb_env_threads(b.env));
+        if (!device.empty()) object.add("device", device);
         object.add("weight_bytes", b.bytes()).add("read_gb_s", bandwidth / 1e9).add("ops", rows);
         if (json) cli::print(object.text() + "\n");
     }
@@ -446,7 +477,10 @@ void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
     const std::vector<int64_t> batches = positive_list("--batch", o.batch);
     if (o.quant.type.empty()) o.quant.type = "nf4";
     const Bench bench(o, given, env);
-    OpsTable table = {bench, read_bandwidth(env), o.common.json, {}};
+    bnb_error err;
+    bnb_device_info device;
+    cli::need(bnb_backend_info(bench.backend.get(), 1, &device, &err), err);
+    OpsTable table = {bench, device.read_bandwidth > 0 ? device.read_bandwidth : read_bandwidth(env), device.description, o.common.json, {}};
     table.head();
     for (int64_t m : batches) {
         std::string kernel;

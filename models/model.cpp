@@ -328,17 +328,20 @@ bool caches_create(const bnb_model &m, int64_t n_ctx, Caches *out, bnb_error *er
     return bnb_ctx_status(out->ctx.get(), err) == BNB_OK;
 }
 
-// A graph for T tokens, with its plan and the inputs that a run sets.
+// A graph for T tokens, with its plan and the inputs that a run sets. greedy: it ends in the likeliest tokens and feeds
+// them back, so that the next run continues every sequence by one token with no input from the host.
 struct Step {
     int64_t n_tokens, n_out;
+    bool greedy;
     Ctx ctx;
     Plan plan; // declared after ctx: freed before it
-    bnb_tensor *ids, *positions, *rows, *span, *out, *logits;
+    bnb_tensor *ids, *positions, *rows, *span, *out, *logits, *next;
 };
 
-bool step_create(const bnb_model &m, const Caches &caches, int64_t n_tokens, int64_t n_out, Step *s, bnb_error *err) {
+bool step_create(const bnb_model &m, const Caches &caches, int64_t n_tokens, int64_t n_out, bool greedy, Step *s, bnb_error *err) {
     s->n_tokens = n_tokens;
     s->n_out = n_out;
+    s->greedy = greedy;
     s->ctx.reset(bnb_ctx_create(m.env, err));
     if (!s->ctx) return false;
     bnb_ctx *c = s->ctx.get();
@@ -350,11 +353,15 @@ bool step_create(const bnb_model &m, const Caches &caches, int64_t n_tokens, int
     s->out = n_out == n_tokens ? nullptr : bnb_input(c, BNB_I32, 1, &n_out, "output rows");
     Build b = {c, m.source.config, m.weights, s->ids, s->positions, s->rows, s->span, s->out, caches.k, caches.v};
     s->logits = m.arch->build(b);
-    bnb_graph *g = bnb_graph_create(c, &s->logits, 1, err);
+    s->next = greedy ? bnb_argmax(c, s->logits) : nullptr;
+    bnb_graph *g = bnb_graph_create(c, greedy ? &s->next : &s->logits, 1, err);
     if (!g) return false;
     bnb_plan_params p;
     bnb_plan_params_default(&p, sizeof p);
     p.compute_dtype = m.params.compute_dtype;
+    if (greedy)
+        for (const bnb_feed &feed : {bnb_feed{s->next, s->ids, {0, 0}}, {s->positions, s->positions, {1, 1}}, {s->rows, s->rows, {1, 1}}, {s->span, s->span, {0, 1}}})
+            p.feeds[p.n_feeds++] = feed;
     s->plan.reset(bnb_plan_create(m.backend, g, &p, err));
     return s->plan != nullptr;
 }
@@ -367,7 +374,7 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
     bool bf16 = false;
     for (int64_t rows : {int64_t{1}, std::min<int64_t>(m.params.n_batch, n_ctx)}) {
         Step s;
-        if (!step_create(m, caches, rows, 1, &s, err)) return false;
+        if (!step_create(m, caches, rows, 1, false, &s, err)) return false;
         bnb_memory one;
         bnb_plan_memory(s.plan.get(), &one);
         *out = {one.weights, one.state, out->work + one.work};
@@ -469,6 +476,7 @@ void bnb_model_get_info(const bnb_model *m, bnb_model_info *info) {
 }
 
 bnb_env *bnb_model_env(const bnb_model *m) { return m->env; }
+bnb_backend *bnb_model_backend(const bnb_model *m) { return m->backend; }
 const char *bnb_model_compute(const bnb_model *m) { return m->compute.c_str(); }
 int32_t bnb_model_tensor_count(const bnb_model *m) { return static_cast<int32_t>(m->source.tensors.size()); }
 
@@ -525,27 +533,27 @@ int32_t bnb_model_is_eos(const bnb_model *m, int32_t id) {
 
 struct bnb_session {
     bnb_model *model;
-    int64_t n_ctx;
+    int64_t n_ctx;               // of each sequence; sequence i has the cache rows from i * n_ctx on
     Caches caches;
     std::list<Step> steps;       // most recently used first
-    std::vector<int32_t> tokens; // whose keys and values are in the cache
-    std::vector<float> logits;   // [n_vocab] after the last token
-    bool has_logits = false;
+    std::vector<std::vector<int32_t>> sequences; // tokens whose keys and values are in the cache
+    std::vector<float> logits;   // [n_vocab] after the last token that was evaluated
+    bool has_logits = false;     // they are those of sequence 0
 };
 
 namespace {
 
-// Plans are kept for the sizes in use: decoding, full prompt batches, and the last odd one.
-enum { MAX_STEPS = 3 };
+// Plans are kept for the sizes in use: decoding in two ways, full prompt batches, and the last odd one.
+enum { MAX_STEPS = 4 };
 
-Step *step_find(bnb_session &s, int64_t n_tokens, int64_t n_out, bnb_error *err) {
+Step *step_find(bnb_session &s, int64_t n_tokens, int64_t n_out, bool greedy, bnb_error *err) {
     for (auto it = s.steps.begin(); it != s.steps.end(); ++it)
-        if (it->n_tokens == n_tokens && it->n_out == n_out) {
+        if (it->n_tokens == n_tokens && it->n_out == n_out && it->greedy == greedy) {
             s.steps.splice(s.steps.begin(), s.steps, it);
             return &s.steps.front();
         }
     Step fresh;
-    if (!step_create(*s.model, s.caches, n_tokens, n_out, &fresh, err)) return nullptr;
+    if (!step_create(*s.model, s.caches, n_tokens, n_out, greedy, &fresh, err)) return nullptr;
     while (s.steps.size() >= MAX_STEPS) {
         auto victim = std::prev(s.steps.end());
         if (victim->n_tokens == 1) --victim; // decoding is used again whatever came between
@@ -555,42 +563,49 @@ Step *step_find(bnb_session &s, int64_t n_tokens, int64_t n_out, bnb_error *err)
     return &s.steps.front();
 }
 
-bnb_status write_all(bnb_tensor *t, const std::vector<int32_t> &v, bnb_error *err) {
-    return bnb_tensor_write(t, 0, v.data(), v.size() * sizeof(int32_t), err);
-}
+// The inputs of a step: for each of its tokens the sequence it continues and its place there.
+struct StepInput {
+    std::vector<int32_t> ids, positions, rows, span;
+    void add(const bnb_session &s, size_t sequence, int64_t position, int32_t id) {
+        int32_t first = static_cast<int32_t>(static_cast<int64_t>(sequence) * s.n_ctx), row = first + static_cast<int32_t>(position);
+        ids.push_back(id);
+        positions.push_back(static_cast<int32_t>(position + s.model->arch->position_offset));
+        rows.push_back(row);
+        span.insert(span.end(), {first, row + 1});
+    }
+    bnb_status write(const Step &step, bnb_error *err) const {
+        bnb_status status = bnb_plan_alloc(step.plan.get(), err);
+        for (auto &w : {std::make_pair(step.ids, &ids), {step.positions, &positions}, {step.rows, &rows}, {step.span, &span}})
+            if (!status) status = bnb_tensor_write(w.first, 0, w.second->data(), w.second->size() * sizeof(int32_t), err);
+        return status;
+    }
+};
 
-// Appends tokens [n] to the conversation. all: where the logits of every token go, f32 [n, n_vocab], or NULL for the
-// last one's only, which go to s.logits.
-bnb_status evaluate(bnb_session &s, const int32_t *tokens, int64_t n, float *all, bnb_error *err) {
+// Appends tokens [n] to a sequence. all: where the logits of every token go, f32 [n, n_vocab], or NULL for the last one's
+// only, which go to s.logits.
+bnb_status evaluate(bnb_session &s, size_t sequence, const int32_t *tokens, int64_t n, float *all, bnb_error *err) {
     const Config &c = s.model->source.config;
+    std::vector<int32_t> &have = s.sequences[sequence];
     for (int64_t at = 0; at < n;) {
-        int64_t T = std::min<int64_t>(n - at, s.model->params.n_batch), begin = static_cast<int64_t>(s.tokens.size());
+        int64_t T = std::min<int64_t>(n - at, s.model->params.n_batch), begin = static_cast<int64_t>(have.size());
         bool wanted = all || at + T == n;
-        Step *step = step_find(s, T, all ? T : 1, err);
+        Step *step = step_find(s, T, all ? T : 1, false, err);
         if (!step) return err ? err->code : bnb_status{BNB_E_NOMEM};
-        std::vector<int32_t> ids(tokens + at, tokens + at + T), positions, rows, span;
-        for (int64_t t = 0; t < T; t++) {
-            int32_t row = static_cast<int32_t>(begin + t);
-            positions.push_back(row + static_cast<int32_t>(s.model->arch->position_offset));
-            rows.push_back(row);
-            span.insert(span.end(), {0, row + 1});
-        }
-        bnb_status status = bnb_plan_alloc(step->plan.get(), err);
-        if (!status) status = write_all(step->ids, ids, err);
-        if (!status) status = write_all(step->positions, positions, err);
-        if (!status) status = write_all(step->rows, rows, err);
-        if (!status) status = write_all(step->span, span, err);
-        if (!status && step->out) status = write_all(step->out, {static_cast<int32_t>(T - 1)}, err);
-        s.tokens.reserve(s.tokens.size() + ids.size()); // nothing may fail once the cache is written
+        StepInput in;
+        for (int64_t t = 0; t < T; t++) in.add(s, sequence, begin + t, tokens[at + t]);
+        bnb_status status = in.write(*step, err);
+        int32_t last = static_cast<int32_t>(T - 1);
+        if (!status && step->out) status = bnb_tensor_write(step->out, 0, &last, sizeof last, err);
+        have.reserve(have.size() + in.ids.size()); // nothing may fail once the cache is written
         s.has_logits = false;
         if (!status) status = bnb_plan_run(step->plan.get(), err);
         if (status) return status;
-        s.tokens.insert(s.tokens.end(), ids.begin(), ids.end());
+        have.insert(have.end(), in.ids.begin(), in.ids.end());
         size_t row_bytes = static_cast<size_t>(c.n_vocab) * sizeof(float);
         if (all) status = bnb_tensor_read(step->logits, 0, all + at * c.n_vocab, static_cast<size_t>(T) * row_bytes, err);
         else if (wanted) status = bnb_tensor_read(step->logits, 0, s.logits.data(), row_bytes, err);
         if (status) return status;
-        s.has_logits = wanted && !all;
+        s.has_logits = wanted && !all && sequence == 0;
         at += T;
         if (n > s.model->params.n_batch && !bnb_progress(s.model->env, "prompt", static_cast<double>(at) / static_cast<double>(n)))
             return bnb_fail(err, BNB_E_CANCELLED, "evaluating the prompt was cancelled");
@@ -609,9 +624,52 @@ bnb_status check_tokens(const bnb_session &s, const int32_t *tokens, int64_t n, 
     return BNB_OK;
 }
 
+// Greedy decoding of one or more sequences: the device picks every token and feeds it back; the host follows one step
+// behind, so that the device never waits for it. Before the first step each sequence's last token has not been evaluated.
+class GreedyLoop {
+public:
+    // last: [n_seq] tokens to go on from. limit: steps that may be taken.
+    bnb_status start(bnb_session &s, const std::vector<int32_t> &last, int64_t limit, bnb_error *err) {
+        s_ = &s;
+        fed_ = last;
+        limit_ = limit;
+        int64_t n_seq = static_cast<int64_t>(last.size());
+        step_ = step_find(s, n_seq, n_seq, true, err);
+        if (!step_) return err ? err->code : bnb_status{BNB_E_NOMEM};
+        StepInput in;
+        for (size_t i = 0; i < last.size(); i++) in.add(s, i, static_cast<int64_t>(s.sequences[i].size()), last[i]);
+        s.has_logits = false;
+        return in.write(*step_, err);
+    }
+    // ids: [n_seq], the tokens that follow those of the step before.
+    bnb_status next(int32_t *ids, bnb_error *err) {
+        for (; begun_ < limit_ && begun_ < ended_ + 2; begun_++) {
+            bnb_status status = bnb_plan_run(step_->plan.get(), err);
+            if (!status) status = bnb_tensor_fetch_begin(step_->next, static_cast<int32_t>(begun_ % 2), err);
+            if (status) return status;
+        }
+        for (auto &sequence : s_->sequences) sequence.reserve(sequence.size() + 1);
+        bnb_status status = bnb_tensor_fetch_end(step_->next, static_cast<int32_t>(ended_++ % 2), ids, err);
+        for (size_t i = 0; i < fed_.size() && !status; i++) {
+            s_->sequences[i].push_back(fed_[i]);
+            fed_[i] = ids[i];
+            if (ids[i] < 0) return bnb_fail(err, BNB_E_NUMERIC, "a logit is not a number: the model's weights may hold NaN or infinity");
+        }
+        return status;
+    }
+
+private:
+    bnb_session *s_ = nullptr;
+    Step *step_ = nullptr;
+    std::vector<int32_t> fed_; // [n_seq]: what the step that is read next was given
+    int64_t limit_ = 0, begun_ = 0, ended_ = 0;
+};
+
 } // namespace
 
-bnb_session *bnb_session_create(bnb_model *m, int64_t n_ctx, bnb_error *err) {
+bnb_session *bnb_session_create(bnb_model *m, int64_t n_ctx, bnb_error *err) { return bnb_session_create_batch(m, n_ctx, 1, err); }
+
+bnb_session *bnb_session_create_batch(bnb_model *m, int64_t n_ctx, int32_t n_seq, bnb_error *err) {
     return guarded(err, static_cast<bnb_session *>(nullptr), [&]() -> bnb_session * {
         const Config &c = m->source.config;
         if (n_ctx == 0) n_ctx = c.n_ctx;
@@ -619,11 +677,16 @@ bnb_session *bnb_session_create(bnb_model *m, int64_t n_ctx, bnb_error *err) {
             bnb_fail(err, BNB_E_LIMIT, "a context of %lld tokens was asked for; the model has positions for 1 to %lld", static_cast<long long>(n_ctx), static_cast<long long>(c.n_ctx));
             return nullptr;
         }
+        if (n_seq < 1 || n_seq > BNB_FETCH_BYTES / 4 || n_ctx > INT32_MAX / n_seq - 1) {
+            bnb_fail(err, BNB_E_LIMIT, "%d sequences of %lld tokens were asked for; 1 to %d are possible", n_seq, static_cast<long long>(n_ctx), BNB_FETCH_BYTES / 4);
+            return nullptr;
+        }
         std::unique_ptr<bnb_session> s(new bnb_session());
         s->model = m;
         s->n_ctx = n_ctx;
+        s->sequences.resize(static_cast<size_t>(n_seq));
         s->logits.resize(static_cast<size_t>(c.n_vocab));
-        if (!caches_create(*m, n_ctx, &s->caches, err) || bnb_ctx_alloc(s->caches.ctx.get(), m->backend, err)) return nullptr;
+        if (!caches_create(*m, n_ctx * n_seq, &s->caches, err) || bnb_ctx_alloc(s->caches.ctx.get(), m->backend, err)) return nullptr;
         return s.release();
     });
 }
@@ -634,12 +697,13 @@ int64_t bnb_session_n_ctx(const bnb_session *s) { return s->n_ctx; }
 bnb_status bnb_session_sync(bnb_session *s, const int32_t *tokens, int64_t n, bnb_error *err) {
     if (bnb_status status = check_tokens(*s, tokens, n, err)) return status;
     return guarded(err, bnb_status{BNB_E_NOMEM}, [&]() -> bnb_status {
-        int64_t have = static_cast<int64_t>(s->tokens.size()), same = 0;
-        while (same < have && same < n && s->tokens[static_cast<size_t>(same)] == tokens[same]) same++;
+        std::vector<int32_t> &known = s->sequences[0];
+        int64_t have = static_cast<int64_t>(known.size()), same = 0;
+        while (same < have && same < n && known[static_cast<size_t>(same)] == tokens[same]) same++;
         if (same == n && have == n && s->has_logits) return BNB_OK;
         same = std::min(same, n - 1); // the last token is evaluated for its logits
-        s->tokens.resize(static_cast<size_t>(same));
-        return evaluate(*s, tokens + same, n - same, nullptr, err);
+        known.resize(static_cast<size_t>(same));
+        return evaluate(*s, 0, tokens + same, n - same, nullptr, err);
     });
 }
 
@@ -651,18 +715,20 @@ const float *bnb_session_logits(const bnb_session *s, int64_t *n_vocab) {
 bnb_status bnb_session_logits_all(bnb_session *s, const int32_t *tokens, int64_t n, float *logits, bnb_error *err) {
     if (bnb_status status = check_tokens(*s, tokens, n, err)) return status;
     return guarded(err, bnb_status{BNB_E_NOMEM}, [&] {
-        s->tokens.clear();
-        return evaluate(*s, tokens, n, logits, err);
+        s->sequences[0].clear();
+        return evaluate(*s, 0, tokens, n, logits, err);
     });
 }
 
 const int32_t *bnb_session_tokens(const bnb_session *s, int64_t *n) {
-    *n = static_cast<int64_t>(s->tokens.size());
-    return s->tokens.data();
+    *n = static_cast<int64_t>(s->sequences[0].size());
+    return s->sequences[0].data();
 }
 
 void bnb_session_memory(const bnb_session *s, bnb_memory *out) {
-    *out = {s->model->info.weight_bytes, 0, 0};
+    *out = {on_cpu(*s->model) ? s->model->info.weight_bytes : 0, 0, 0};
+    if (!on_cpu(*s->model))
+        for (auto &w : s->model->weights) out->weights += w.second->layout_bytes;
     for (auto *list : {&s->caches.k, &s->caches.v})
         for (const bnb_tensor *t : *list) out->state += bnb_tensor_bytes(t);
     for (const Step &step : s->steps) {
@@ -717,22 +783,30 @@ double now() { return std::chrono::duration<double>(std::chrono::steady_clock::n
 bnb_status generate(bnb_session &s, const int32_t *prompt, int64_t n_prompt, const bnb_generate_params &p, bnb_generate_result *r, bnb_error *err) {
     std::vector<int32_t> tokens(prompt, prompt + n_prompt);
     int64_t same = 0;
-    while (same < n_prompt && same < static_cast<int64_t>(s.tokens.size()) && s.tokens[static_cast<size_t>(same)] == prompt[same]) same++;
+    const std::vector<int32_t> &known = s.sequences[0];
+    while (same < n_prompt && same < static_cast<int64_t>(known.size()) && known[static_cast<size_t>(same)] == prompt[same]) same++;
     *r = {n_prompt, same, 0, 0, 0, BNB_STOP_LENGTH};
     double start = now();
     bnb_status status = bnb_session_sync(&s, prompt, n_prompt, err);
     r->prompt_s = now() - start;
     if (status) return status;
 
+    const bool greedy = p.sampling.temp <= 0 && p.sampling.repeat_penalty == 1.0f && s.sequences.size() == 1;
+    GreedyLoop loop;
     StopFinder stops(p);
     Utf8Stream utf8;
     auto show = [&](const std::string &text) { return text.empty() || !p.on_text || p.on_text(p.user, text.data(), text.size()); };
     start = now();
     while (p.n_predict < 0 || r->n_generated < p.n_predict) {
         int64_t n_vocab, n_have = static_cast<int64_t>(tokens.size());
-        const float *logits = bnb_session_logits(&s, &n_vocab);
-        int32_t id = bnb_sample(logits, n_vocab, &p.sampling, tokens.data(), n_have, static_cast<uint64_t>(n_have), err);
-        if (id < 0) return id;
+        int32_t id;
+        if (greedy && r->n_generated > 0) {
+            if ((status = loop.next(&id, err))) return status;
+        } else {
+            const float *logits = bnb_session_logits(&s, &n_vocab);
+            id = bnb_sample(logits, n_vocab, &p.sampling, tokens.data(), n_have, static_cast<uint64_t>(n_have), err);
+            if (id < 0) return id;
+        }
         if (!p.ignore_eos && bnb_model_is_eos(s.model, id)) {
             r->stop_reason = BNB_STOP_EOS;
             break;
@@ -755,7 +829,9 @@ bnb_status generate(bnb_session &s, const int32_t *prompt, int64_t n_prompt, con
             break;
         }
         if (r->n_generated == p.n_predict) break;
-        if ((status = bnb_session_sync(&s, tokens.data(), n_have + 1, err))) return status;
+        if (!greedy) status = bnb_session_sync(&s, tokens.data(), n_have + 1, err);
+        else if (r->n_generated == 1) status = loop.start(s, {id}, p.n_predict < 0 ? s.n_ctx - n_have : std::min(p.n_predict - 1, s.n_ctx - n_have), err);
+        if (status) return status;
         r->generate_s = now() - start;
     }
     std::string text, shown;
@@ -779,4 +855,44 @@ bnb_status bnb_generate(bnb_session *s, const int32_t *prompt, int64_t n_prompt,
     bnb_generate_result unused;
     if (bnb_status status = check_tokens(*s, prompt, n_prompt, err)) return status;
     return guarded(err, bnb_status{BNB_E_NOMEM}, [&] { return generate(*s, prompt, n_prompt, p, result ? result : &unused, err); });
+}
+
+bnb_status bnb_generate_batch(bnb_session *s, const int32_t *const *prompts, const int64_t *n_prompt, int64_t n_predict, int32_t *out,
+                              bnb_generate_result *result, bnb_error *err) {
+    const size_t n_seq = s->sequences.size();
+    bnb_generate_result unused, &r = *(result ? result : &unused);
+    r = {0, 0, 0, 0, 0, BNB_STOP_LENGTH};
+    for (size_t i = 0; i < n_seq; i++) {
+        if (bnb_status status = check_tokens(*s, prompts[i], n_prompt[i], err)) return status;
+        if (n_predict < 1 || n_prompt[i] + n_predict - 1 > s->n_ctx)
+            return bnb_fail(err, BNB_E_LIMIT, "%lld tokens after a prompt of %lld do not fit into a context of %lld", static_cast<long long>(n_predict),
+                            static_cast<long long>(n_prompt[i]), static_cast<long long>(s->n_ctx));
+        r.n_prompt += n_prompt[i];
+    }
+    return guarded(err, bnb_status{BNB_E_NOMEM}, [&]() -> bnb_status {
+        int64_t n_vocab = s->model->source.config.n_vocab;
+        std::vector<int32_t> ids(n_seq);
+        double start = now();
+        bnb_sampling likeliest;
+        bnb_sampling_default(&likeliest, sizeof likeliest);
+        likeliest.temp = 0;
+        for (size_t i = 0; i < n_seq; i++) {
+            s->sequences[i].clear();
+            if (bnb_status status = evaluate(*s, i, prompts[i], n_prompt[i], nullptr, err)) return status;
+            ids[i] = bnb_sample(s->logits.data(), n_vocab, &likeliest, nullptr, 0, 0, err);
+            if (ids[i] < 0) return ids[i];
+            out[i * static_cast<size_t>(n_predict)] = ids[i];
+        }
+        r.prompt_s = now() - start;
+        start = now();
+        GreedyLoop loop;
+        bnb_status status = n_predict > 1 ? loop.start(*s, ids, n_predict - 1, err) : BNB_OK;
+        for (int64_t t = 1; t < n_predict && !status; t++) {
+            status = loop.next(ids.data(), err);
+            for (size_t i = 0; i < n_seq && !status; i++) out[i * static_cast<size_t>(n_predict) + static_cast<size_t>(t)] = ids[i];
+        }
+        r.n_generated = static_cast<int64_t>(n_seq) * n_predict;
+        r.generate_s = now() - start;
+        return status;
+    });
 }

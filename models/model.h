@@ -52,6 +52,7 @@ bnb_model *bnb_model_from_memory(bnb_env *env, const void *data, uint64_t bytes,
 void bnb_model_free(bnb_model *model);
 void bnb_model_get_info(const bnb_model *model, bnb_model_info *info); /* info->struct_size is set by the caller */
 bnb_env *bnb_model_env(const bnb_model *model);
+bnb_backend *bnb_model_backend(const bnb_model *model); /* the device that it runs on; the model's */
 const char *bnb_model_compute(const bnb_model *model); /* "f32", "f32, bf16 for prompts": what linear layers compute in */
 /* Bytes that a session of n_ctx tokens would need, without reading or allocating any weight. */
 bnb_status bnb_model_memory(const bnb_model *model, int64_t n_ctx, bnb_memory *out, bnb_error *err);
@@ -76,6 +77,9 @@ int32_t bnb_model_is_eos(const bnb_model *model, int32_t id);     /* 1: generati
 /* ---- session ------------------------------------------------------------------------------------------------------*/
 
 bnb_session *bnb_session_create(bnb_model *model, int64_t n_ctx, bnb_error *err); /* n_ctx 0: the model's own          */
+/* n_seq conversations of n_ctx tokens each, which bnb_generate_batch continues together; the other functions see the
+ * first one. */
+bnb_session *bnb_session_create_batch(bnb_model *model, int64_t n_ctx, int32_t n_seq, bnb_error *err);
 void bnb_session_free(bnb_session *s);
 /* Makes tokens [n] the conversation: what it shares with the present one is kept, the rest is evaluated. Afterwards
  * bnb_session_logits are those after the last token. On failure the session holds the part that was evaluated. */
@@ -130,6 +134,10 @@ typedef struct bnb_generate_result {
 void bnb_generate_params_default(bnb_generate_params *p, uint32_t struct_size);
 bnb_status bnb_generate(bnb_session *s, const int32_t *prompt, int64_t n_prompt, const bnb_generate_params *params,
                         bnb_generate_result *result, bnb_error *err);
+/* Greedy: continues every sequence of the session, from an empty cache, by n_predict tokens, whatever they are.
+ * prompts: [n_seq] of [n_prompt[i]]; out: i32 [n_seq, n_predict]. */
+bnb_status bnb_generate_batch(bnb_session *s, const int32_t *const *prompts, const int64_t *n_prompt, int64_t n_predict, int32_t *out,
+                              bnb_generate_result *result, bnb_error *err);
 
 #ifdef __cplusplus
 }

@@ -173,6 +173,126 @@ TEST_SUITE("backend") {
         }
     }
 
+    TEST_CASE("backend: argmax takes the first of equals, and says when there is a NaN") {
+        const float NaN = std::nanf(""), INF = INFINITY;
+        Env env(2);
+        for (Device &d : devices(env)) {
+            Net net(env, d.backend.get());
+            bnb_tensor *y = bnb_argmax(net.ctx, net.input({6, 4}, {1, 3, 3, 2, /**/ -1, -2, -3, -4, /**/ -0.0f, 0, -1, 0, /**/ 0, NaN, 5, 1, /**/ -INF, -INF, -INF, -INF, /**/ 1, INF, 2, INF}));
+            net.prepare({y});
+            net.again();
+            std::vector<int32_t> got(6);
+            bnb_error err = {};
+            REQUIRE(bnb_tensor_read(y, 0, got.data(), 24, &err) == BNB_OK);
+            CHECK(got == std::vector<int32_t>{1, 0, 0, -1, 0, 1});
+            Rng rng(5);
+            const int64_t n = 50257;
+            Floats v = rng.normals(2 * n);
+            Net large(env, d.backend.get());
+            bnb_tensor *z = bnb_argmax(large.ctx, large.input({2, n}, v));
+            large.prepare({z});
+            large.again();
+            REQUIRE(bnb_tensor_read(z, 0, got.data(), 8, &err) == BNB_OK);
+            for (int64_t t = 0; t < 2; t++) CHECK(got[static_cast<size_t>(t)] == std::max_element(v.begin() + t * n, v.begin() + (t + 1) * n) - (v.begin() + t * n));
+        }
+    }
+
+    TEST_CASE("backend: a plan feeds itself") {
+        Env env(2);
+        for (Device &d : devices(env)) { // a chain of lookups: each id picks the row whose largest entry is the next id
+            Net net(env, d.backend.get());
+            bnb_error err = {};
+            Floats table(25, 0);
+            const int after[] = {3, 0, 4, 2, 1};
+            for (size_t i = 0; i < 5; i++) table[5 * i + static_cast<size_t>(after[i])] = 1;
+            bnb_tensor *ids = net.ids({2}, {0, 2}), *count = net.ids({2}, {10, 20}, "count"), *y = bnb_argmax(net.ctx, bnb_embed(net.ctx, net.weight(BNB_F32, {5, 5}, table), ids));
+            bnb_tensor *counted = bnb_embed(net.ctx, net.weight(BNB_F32, {40, 1}, Floats(40, 1)), count); // makes count a part of the graph
+            net.params.n_feeds = 2;
+            net.params.feeds[0] = {y, ids, {0, 0}};
+            net.params.feeds[1] = {count, count, {1, 2}};
+            net.prepare({y, counted});
+            int32_t id[2] = {0, 2}, got[2];
+            for (int run = 0; run < 6; run++) { // the host follows one run behind
+                REQUIRE(bnb_plan_run(net.plan, &err) == BNB_OK);
+                REQUIRE(bnb_tensor_fetch_begin(y, run % 2, &err) == BNB_OK);
+                if (run == 0) continue;
+                for (int32_t &i : id) i = after[i];
+                REQUIRE(bnb_tensor_fetch_end(y, (run - 1) % 2, got, &err) == BNB_OK);
+                CHECK(std::vector<int32_t>(got, got + 2) == std::vector<int32_t>(id, id + 2));
+            }
+            REQUIRE(bnb_tensor_read(count, 0, got, 8, &err) == BNB_OK);
+            CHECK(got[0] == 16);
+            CHECK(got[1] == 32);
+            CHECK(bnb_tensor_fetch_begin(y, BNB_FETCH_SLOTS, &err) == BNB_E_ARG);
+            CHECK_MESSAGE(is_sentence(err), text(err));
+        }
+    }
+
+    TEST_CASE("backend: feeds that fit nothing are refused") {
+        Env env(1);
+        Net net(env);
+        bnb_error err = {};
+        bnb_tensor *ids = net.ids({2}, {0, 1}), *more = net.ids({3}, {0, 1, 0}, "more"), *x = net.input({2, 2}, {1, 2, 3, 4});
+        bnb_tensor *y = bnb_argmax(net.ctx, bnb_add(net.ctx, x, bnb_embed(net.ctx, x, ids))), *z = bnb_embed(net.ctx, x, more);
+        bnb_tensor *outputs[] = {y, z}, *stranger = net.ids({2}, {0, 0}, "stranger");
+        bnb_graph *g = bnb_graph_create(net.ctx, outputs, 2, &err);
+        REQUIRE(g);
+        for (bnb_feed feed : {bnb_feed{y, more, {0, 0}}, {more, ids, {0, 0}}, {y, x, {0, 0}}, {x, ids, {0, 0}}, {y, stranger, {0, 0}}, {stranger, ids, {0, 0}}, {ids, y, {0, 0}}, {nullptr, ids, {0, 0}}, {y, nullptr, {0, 0}}}) {
+            bnb_plan_params p;
+            bnb_plan_params_default(&p, sizeof p);
+            p.n_feeds = 1;
+            p.feeds[0] = feed;
+            CHECK(!bnb_plan_create(env.cpu(), g, &p, &err));
+            CHECK(err.code == BNB_E_ARG);
+        }
+    }
+
+    TEST_CASE("backend: sequences decoded together say what each says alone") {
+        Env env(2);
+        for (int32_t type : {BNB_F32, BNB_NF4}) {
+            Image file = tiny_model(type);
+            for (Device &d : devices(env)) {
+                bnb_error err = {};
+                bnb_model_params p;
+                bnb_model_params_default(&p, sizeof p);
+                p.device = d.name.c_str();
+                p.compute_dtype = BNB_F32;
+                Model model(bnb_model_from_memory(env, file.bytes.data(), file.bytes.size(), &p, &err));
+                REQUIRE_MESSAGE(model, text(err));
+                const std::vector<std::vector<int32_t>> prompts = {{1, 2, 3}, {200}, {7, 7, 7, 7, 7, 7, 7}, {100, 3}};
+                const int64_t n_predict = 12;
+                Session together(bnb_session_create_batch(model.get(), 20, 4, &err)), alone(bnb_session_create(model.get(), 20, &err));
+                REQUIRE_MESSAGE(together, text(err));
+                REQUIRE_MESSAGE(alone, text(err));
+                std::vector<const int32_t *> list;
+                std::vector<int64_t> lengths;
+                for (auto &prompt : prompts) {
+                    list.push_back(prompt.data());
+                    lengths.push_back(static_cast<int64_t>(prompt.size()));
+                }
+                std::vector<int32_t> out(4 * n_predict), one(n_predict);
+                bnb_generate_result r;
+                bnb_status status = bnb_generate_batch(together.get(), list.data(), lengths.data(), n_predict, out.data(), &r, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                CHECK(r.n_generated == 4 * n_predict);
+                for (size_t i = 0; i < 4; i++) {
+                    status = bnb_generate_batch(alone.get(), &list[i], &lengths[i], n_predict, one.data(), nullptr, &err);
+                    REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                    CHECK(std::equal(one.begin(), one.end(), out.begin() + static_cast<std::ptrdiff_t>(i) * n_predict));
+                    std::vector<int32_t> tokens = prompts[i]; // and what the host finds token by token
+                    for (int64_t t = 0; t < n_predict; t++) {
+                        REQUIRE(bnb_session_sync(alone.get(), tokens.data(), static_cast<int64_t>(tokens.size()), &err) == BNB_OK);
+                        int64_t n;
+                        const float *l = bnb_session_logits(alone.get(), &n);
+                        tokens.push_back(static_cast<int32_t>(std::max_element(l, l + n) - l));
+                        CHECK(tokens.back() == one[static_cast<size_t>(t)]);
+                    }
+                }
+                CHECK(bnb_generate_batch(together.get(), list.data(), lengths.data(), 15, out.data(), &r, &err) == BNB_E_LIMIT);
+            }
+        }
+    }
+
     TEST_CASE("backend: an index outside its table is an error, and the next run is right") {
         Env env(1);
         for (Device &d : devices(env)) {

@@ -109,7 +109,7 @@ TEST_CASE("cli: wrong usage ends with status 2 and one sentence") {
     check_failure({"quantize", DEMO_HF, "/tmp/x.bnb"}, 2, "--type");
     check_failure({"inspect"}, 2, "MODEL");
     check_failure({"inspect", DEMO, "--synthetic", "gpt2"}, 2, "--synthetic");
-    check_failure({"bench", "-m", DEMO, "-b", "2"}, 2, "--batch");
+    check_failure({"bench", "-m", DEMO, "-b", "2,3"}, 2, "--batch");
     check_failure({"bench", "--ops", "--shape", "64"}, 2, "--shape");
     check_failure({"bench", "--ops", "-b", "1,x"}, 2, "'x'");
     check_failure({"perplexity", "-m", DEMO}, 2, "-f TEXT");

@@ -322,6 +322,21 @@ Case columns_case(Net &net, Rng &rng, int64_t T) {
     return {bnb_scale(net.ctx, view, 1), want, 0}; // a view cannot be read by itself
 }
 
+Case argmax_case(Net &net, Rng &rng, int64_t T) {
+    Rows x = rows_of(net, rng, T, draw_C(rng));
+    auto want = [=] {
+        Doubles y;
+        for (int64_t t = 0; t < T; t++) {
+            int64_t at = 0;
+            for (int64_t c = 1; c < x.values.columns; c++)
+                if (x.values.at(t, c) > x.values.at(t, at)) at = c;
+            y.push_back(static_cast<double>(at));
+        }
+        return y;
+    };
+    return {bnb_argmax(net.ctx, x.tensor), want, 0};
+}
+
 // type: of the weight, table, cache, or second operand.
 Case make_case(int32_t op, Net &net, Rng &rng, int32_t type, int64_t T) {
     switch (op) {
@@ -340,6 +355,7 @@ Case make_case(int32_t op, Net &net, Rng &rng, int32_t type, int64_t T) {
     case BNB_OP_SET_ROWS: return set_rows_case(net, rng, type, T);
     case BNB_OP_ATTENTION: return attention_case(net, rng, type, T);
     case BNB_OP_COLUMNS: return columns_case(net, rng, T);
+    case BNB_OP_ARGMAX: return argmax_case(net, rng, T);
     default: FAIL("this op has no test: ", op_name(op)); return {};
     }
 }
@@ -719,6 +735,7 @@ TEST_CASE("ops: a bad number stays in its row") {
                         case BNB_OP_RELU: y = bnb_relu(net.ctx, x); break;
                         case BNB_OP_SILU: y = bnb_silu(net.ctx, x); break;
                         case BNB_OP_SOFTMAX: y = bnb_softmax(net.ctx, x); break;
+                        case BNB_OP_ARGMAX: y = bnb_argmax(net.ctx, x); break; // -1 for a NaN, which is looked for below
                         case BNB_OP_SET_ROWS:
                             read = net.weight(type, {T, C}, Floats(static_cast<size_t>(T * C)), nullptr, "cache");
                             y = bnb_set_rows(net.ctx, read, x, net.ids({3}, {0, 1, 2}));
@@ -736,7 +753,7 @@ TEST_CASE("ops: a bad number stays in its row") {
                     }
                     size_t n = results[0].size() / 3, bad_numbers = 0;
                     for (size_t i = 0; i < results[0].size(); i++) {
-                        if (i / n == 1) bad_numbers += !std::isfinite(results[1][i]);
+                        if (i / n == 1) bad_numbers += !std::isfinite(results[1][i]) || (op == BNB_OP_ARGMAX && results[1][i] < 0);
                         else CHECK(std::memcmp(&results[0][i], &results[1][i], 4) == 0);
                     }
                     // LLM.int8() quantizes a NaN to 0, as bitsandbytes does; max(-inf, 0) is 0, exp(-inf) is 0, and
@@ -990,6 +1007,9 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, f32(c, 2, 8), INT64_MAX, INT64_MAX); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, f32(c, 2, 8), INT64_MIN, 1); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, leaf(c, BNB_F16, {2, 8}), 0, 1); }},
+        {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, nullptr); }},
+        {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, f32(c, 2, 0)); }},
+        {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, leaf(c, BNB_F16, {2, 8})); }},
     };
     std::map<std::string, int> tested;
     for (size_t i = 0; i < bad.size(); i++) {

@@ -428,6 +428,14 @@ public:
         std::vector<uint8_t> raw(v.size() * static_cast<size_t>(bnb_type_bits(bnb_tensor_type(t)) / 8));
         bnb_status status = bnb_tensor_read(t, 0, raw.data(), raw.size(), &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
+        if (bnb_tensor_type(t) == BNB_I32) {
+            for (size_t i = 0; i < v.size(); i++) {
+                int32_t n;
+                std::memcpy(&n, &raw[4 * i], 4);
+                v[i] = static_cast<float>(n);
+            }
+            return v;
+        }
         status = bnb_convert(bnb_tensor_type(t), raw.data(), BNB_F32, v.data(), static_cast<int64_t>(v.size()), &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
         return v;
