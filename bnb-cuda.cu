@@ -7,8 +7,11 @@
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
 //        No managed memory, no streams of its own beyond one, no device code that depends on the wave size.
 #ifndef GPU
+#include <cublasLt.h>
+#include <cuda.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <dlfcn.h>
 #define GPU(name) cuda##name
 #define GPU_NAME "cuda"
 #define GPU_TABLE bnb_cuda_api
@@ -18,6 +21,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <memory>
@@ -95,8 +99,14 @@ struct Queue {
 
 constexpr uint64_t STAGING_BYTES = 8 << 20, COPY_CHUNK = 1 << 20, ALIGN = 256;
 
+uint64_t align_up(uint64_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
+
 // bnb_tensor.layout of weights here
-enum { LAYOUT_NUMBERS = 1 /* vectors, widened to f32 */, LAYOUT_PLANES /* canonical */ };
+enum {
+    LAYOUT_NUMBERS = 1, // vectors, widened to f32
+    LAYOUT_PLANES,      // canonical, each plane aligned
+    LAYOUT_TILE4        // plane 0: tile4 units with the absmax in them; double-quantized: planes 1 to 3 as well, for the way back
+};
 
 struct Device {
     bnb_env *env;
@@ -106,11 +116,14 @@ struct Device {
     GPU(Event_t) staged[2] = {};         // the copy out of staging[i] is done
     char *fetched = nullptr;             // pinned, [BNB_FETCH_SLOTS][BNB_FETCH_BYTES]
     GPU(Event_t) fetch_done[BNB_FETCH_SLOTS] = {};
+    const float *maps = nullptr;         // on the device: code -> value of nf4 [16], fp4 [16]
     int *fault = nullptr;                // pinned: 1 + the node that met an index outside its table; 0: none
     char *unpacked = nullptr;            // weights in their canonical layout, on the way to the kernels' own
     uint64_t unpacked_bytes = 0;
     uint64_t bytes = 0, bytes_peak = 0;  // allocated on the device
+    struct DenseLibrary *dense = nullptr;
     int n_sm = 0, major = 0, minor = 0;
+    bool tiles = false; // has the kernels of [TILE4] and those after it
     char description[128] = "";
 };
 
@@ -143,6 +156,13 @@ bnb_status run_status(Device &d, bnb_error *err) {
     int fault = *d.fault;
     *d.fault = 0;
     return fault ? bnb_fail(err, BNB_E_ARG, "node %d of the plan met an index outside its table (ids, rows or spans)", fault - 1) : BNB_OK;
+}
+
+bnb_status device_sync(void *dev, bnb_error *err) {
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    d.queue.note(GPU(StreamSynchronize)(d.queue.stream));
+    return run_status(d, err);
 }
 
 void *device_alloc(void *dev, uint64_t bytes, bnb_error *err) {
@@ -377,6 +397,13 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
+// y = act(y + bias), after a product that another library made
+__global__ void finish_kernel(Epilogue e, Rows y, int C) {
+    wait_for_previous();
+    long t = blockIdx.y, c = static_cast<long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (c < C) finish(e, y, t, c, get(y, t, c));
+}
+
 // y = op(a, b) or op(a); b: like a, or one row for all
 __global__ void pointwise_kernel(int op, Rows a, Rows b, Numbers row, float factor, Rows y, int C) {
     wait_for_previous();
@@ -438,12 +465,12 @@ __global__ void linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
     }
 }
 
-// LLM.int8(), in three kernels. Scratch: row scales f32 [M] | codes i8 [M, K] | outlier columns u8 [K].
-struct Int8Rows {
-    float *scale;
-    signed char *codes;
-    unsigned char *column;
-};
+// The absmax of every block, restored.
+__global__ void absmax_kernel(Weight w, float *absmax, long n) {
+    wait_for_previous();
+    long b = blockIdx.x * static_cast<long>(THREADS) + threadIdx.x;
+    if (b < n) absmax[b] = block_scale(w, b);
+}
 
 __device__ float to_f16(float x) { return __half2float(__float2half_rn(x)); }
 __device__ bool is_outlier(float x, float threshold) { return threshold > 0 && fabsf(x) >= threshold; }
@@ -459,6 +486,64 @@ __device__ float reciprocal(float x) {
     return 1.0f / x;
 #endif
 }
+
+/* ---- quantizing: bnb_quantize of BNB_COMPAT_CUDA, bit for bit; the rules stand in bnb.c, section [QUANT] ---- */
+
+// 4 bits: a group of 32 lanes makes one block of B of the n numbers.
+__global__ void quantize4_kernel(Numbers a, long n, bnb_rule4 rule, int B, unsigned char *codes, float *absmax) {
+    __shared__ bnb_rule4 r; // indexed at run time
+    if (threadIdx.x == 0 && threadIdx.y == 0) r = rule;
+    __syncthreads();
+    wait_for_previous();
+    long block = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y, first = block * B, end = first + B < n ? first + B : n;
+    float top = 0;
+    for (long i = first + threadIdx.x; i < end; i += LANES) {
+        float v = fabsf(get(a, i));
+        top = v > top && v >= r.smallest ? v : top; // a NaN is never larger
+    }
+    for (int d = 16; d; d >>= 1) top = fmaxf(top, lane_xor(top, d));
+    if (first >= n) return;
+    if (threadIdx.x == 0) absmax[block] = top;
+    float scale = reciprocal(top);
+    for (long i = first + 2 * threadIdx.x; i < end; i += 2 * LANES) {
+        unsigned byte = 0;
+        for (int half = 0; half < 2; half++) {
+            float v = i + half < n ? get(a, i + half) : 0; // an odd count is padded with a 0
+            if (fabsf(v) < r.smallest) v = 0;
+            v = __fmul_rn(v, scale);
+            if (v != v) v = r.nan;
+            int rank = 0;
+            for (int k = 0; k < 15; k++) rank += v > r.bound[k];
+            byte = byte << 4 | r.code[rank];
+        }
+        codes[i / 2] = static_cast<unsigned char>(byte);
+    }
+}
+
+// int8: a block for each row of K numbers, which count as f16.
+__global__ void quantize8_kernel(Numbers a, int K, signed char *codes, float *scb) {
+    wait_for_previous();
+    long first = static_cast<long>(blockIdx.x) * K;
+    float top = 0;
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+        float v = fabsf(to_f16(get(a, first + k)));
+        top = v > top ? v : top;
+    }
+    top = block_max(top);
+    float scale = __fmul_rn(127.0f, reciprocal(top));
+    for (int k = threadIdx.x; k < K; k += blockDim.x) {
+        float v = __fmul_rn(to_f16(get(a, first + k)), scale);
+        codes[first + k] = static_cast<signed char>(v == v ? rintf(v) : 0.0f);
+    }
+    if (threadIdx.x == 0) scb[blockIdx.x] = top;
+}
+
+// LLM.int8(), in three kernels. Scratch: row scales f32 [M] | codes i8 [M, K] | outlier columns u8 [K].
+struct Int8Rows {
+    float *scale;
+    signed char *codes;
+    unsigned char *column;
+};
 
 // x[m] -> codes and scale, where outliers count as 0. Scale: the largest magnitude of the others.
 __global__ void int8_rows_kernel(Rows x, float threshold, Int8Rows q, int K) {
@@ -549,17 +634,21 @@ __global__ void attention_kernel(Rows q, Rows k, Rows v, const int *span, int R,
     if (thread < D) put(y, t, h * D + thread, sum > 0 ? out / sum : 0);
 }
 
-// y[t] = the first index of the largest x[t]; -1 if there is a NaN. Keys order as (number, lower index first).
+// Orders as (number, lower index first), a NaN above all.
+__device__ unsigned long long order_key(float v, int c) {
+    unsigned bits = __float_as_uint(v == 0 ? 0.0f : v); // -0 ties with 0
+    bits = v != v ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
+    return static_cast<unsigned long long>(bits) << 32 | (0xffffffffu - static_cast<unsigned>(c));
+}
+
+// y[t] = the first index of the largest x[t]; -1 if there is a NaN
 __global__ void argmax_kernel(Rows x, int *y, int C) {
     wait_for_previous();
     __shared__ unsigned long long best[32];
     long t = blockIdx.x;
     unsigned long long top = 0;
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        float v = get(x, t, c);
-        unsigned bits = __float_as_uint(v == 0 ? 0.0f : v); // -0 ties with 0
-        bits = v != v ? 0xffffffffu : bits >> 31 ? ~bits : bits | 0x80000000u;
-        unsigned long long key = static_cast<unsigned long long>(bits) << 32 | (0xffffffffu - static_cast<unsigned>(c));
+        unsigned long long key = order_key(get(x, t, c), c);
         top = key > top ? key : top;
     }
     for (int d = 16; d; d >>= 1) {
@@ -571,6 +660,95 @@ __global__ void argmax_kernel(Rows x, int *y, int C) {
     if (threadIdx.x) return;
     for (unsigned i = 1; i < blockDim.x / 32; i++) top = best[i] > top ? best[i] : top;
     y[t] = top >> 32 == 0xffffffffu ? -1 : static_cast<int>(0xffffffffu - static_cast<unsigned>(top));
+}
+
+// y[t] = an index drawn from x[t], as bnb_draw_row does it: the k largest by radix selection (k <= DRAW_MOST), their order
+// by counting, and the draw itself in double by one thread. Keys order as (number, lower index first) and are all different.
+enum { DRAW_MOST = 256, DRAW_THREADS = 1024 };
+__device__ double uniform(unsigned long long seed, unsigned long long step) { // bnb__uniform of bnb.c
+    unsigned long long z = seed + 0x9E3779B97F4A7C15ull * (step + 1);
+    for (int round = 0; round < 2; round++) {
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9ull;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBull;
+        z ^= z >> 31;
+    }
+    return static_cast<double>(z >> 11) * 0x1p-53;
+}
+__global__ void draw_kernel(Rows x, const int *steps, bnb_draw_rule rule, int k, int *y, int C) {
+    __shared__ unsigned histogram[256], count;
+    __shared__ unsigned long long low, found[DRAW_MOST], sorted[DRAW_MOST]; // low: the k-th largest key, digit by digit
+    __shared__ double odds[DRAW_MOST], heat[DRAW_MOST];
+    __shared__ int left, is_nan;
+    wait_for_previous();
+    const int thread = threadIdx.x;
+    const long t = blockIdx.x;
+    if (thread == 0) low = 0, left = k, count = 0, is_nan = 0;
+    for (int shift = 56; shift >= 0; shift -= 8) {
+        __syncthreads();
+        if (thread < 256) histogram[thread] = 0;
+        __syncthreads();
+        unsigned long long above = shift == 56 ? 0 : ~0ull << (shift + 8), prefix = low;
+        for (int c = thread; c < C; c += DRAW_THREADS) {
+            unsigned long long key = order_key(get(x, t, c), c);
+            if (key >> 32 == 0xffffffffu) is_nan = 1;
+            if ((key & above) == prefix) atomicAdd(&histogram[key >> shift & 255], 1u);
+        }
+        __syncthreads();
+        if (thread == 0) {
+            int digit = 255, n = left;
+            while (static_cast<int>(histogram[digit]) < n) n -= static_cast<int>(histogram[digit--]);
+            low |= static_cast<unsigned long long>(digit) << shift;
+            left = n;
+        }
+    }
+    __syncthreads();
+    for (int c = thread; c < C; c += DRAW_THREADS) {
+        unsigned long long key = order_key(get(x, t, c), c);
+        if (key >= low && !is_nan) found[atomicAdd(&count, 1u)] = key;
+    }
+    __syncthreads();
+    if (thread < k && !is_nan) {
+        int rank = 0;
+        for (int i = 0; i < k; i++) rank += found[i] > found[thread];
+        sorted[rank] = found[thread];
+    }
+    __syncthreads();
+    auto index = [&](int i) { return static_cast<int>(0xffffffffu - static_cast<unsigned>(sorted[i])); };
+    float best = is_nan ? NAN : get(x, t, index(0));
+    if (!(fabsf(best) < INFINITY)) {
+        if (thread == 0) y[t] = -1;
+        return;
+    }
+    if (thread < k) {
+        double over = static_cast<double>(get(x, t, index(thread))) - best;
+        odds[thread] = exp(over);
+        heat[thread] = rule.temp > 0 ? exp(over / rule.temp) : 0;
+    }
+    __syncthreads();
+    if (thread) return;
+    if (rule.temp > 0 && rule.top_p < 1) {
+        double total = 0, sum = 0;
+        int m = 0;
+        for (int i = 0; i < k; i++) total += odds[i];
+        while (m < k && (m == 0 || sum < rule.top_p * total)) sum += odds[m++];
+        k = m;
+    }
+    if (rule.temp > 0 && rule.min_p > 0) {
+        double least = best + log(static_cast<double>(rule.min_p));
+        int m = 1;
+        while (m < k && get(x, t, index(m)) >= least) m++;
+        k = m;
+    }
+    double total = 0;
+    for (int i = 0; i < k; i++) total += heat[i];
+    double at = uniform(rule.seed, static_cast<unsigned long long>(static_cast<long long>(steps[t]))) * total;
+    int chosen = rule.temp > 0 ? k - 1 : 0;
+    for (int i = 0; i < k && rule.temp > 0; i++)
+        if ((at -= heat[i]) < 0) {
+            chosen = i;
+            break;
+        }
+    y[t] = index(chosen);
 }
 
 // Reads n x 16 bytes, for the device's limit; the sum is written so that nothing is dead code.
@@ -599,6 +777,2865 @@ __global__ void feed_kernel(Feeds f) {
         __syncthreads();
     }
 }
+
+#ifdef __CUDACC__
+/* ==== [TILE4] ==================================================================================================== */
+
+// Hopper's own instructions: code for other architectures has these kernels empty, and is never asked for them.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BNB__HOPPER
+#endif
+
+namespace tile4 {
+
+// linear4.cuh: y = x W^T on NVIDIA Hopper, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
+//
+// Weights in 4 bits are kept in an invertible permutation of codes and absmax, made once at load (tile4_pack). A block
+// of 64 rows is a sequence of tiles along K; a tile is 64 rows by 64 columns, four units of 16 rows, 576 bytes each:
+//     [0, 512)    for lane 4 g + t of a warp 16 bytes: from row g, then from row g + 8, the bytes 8 s + t and
+//                 8 s + t + 4, s = 0..3, of the 32 bytes that hold the row's 64 codes. These are the A fragments of
+//                 four m16k16 tensor core steps with k in natural order; a byte's high nibble is the even column.
+//     [512, 576)  f32 absmax [8][2]: for g = 0..7 of row g and of row g + 8
+// After the tiles: f32 row_scale [blocks * 64], for each row a power of two no less than its largest absmax.
+// Rows past N have codes and absmax 0.
+//
+// Both kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
+// pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
+//     linear4_small  M <= 16: the warps of a block split K; bulk copies fill a private ring of units per warp;
+//                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax.
+//     linear4_wgmma  any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into the
+//                    A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the f16
+//                    weights, so that the accumulators sum over all of K. K may be split over the warpgroups of a
+//                    block and over a cluster.
+// Dense f16 weights: linear16, for M <= 8.
+
+enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu };
+enum Norm { kNormNone, kNormLayer, kNormRms };
+
+// What all linear calls share: y[m][n] = act(sum_k x[m][k] w[n][k] + bias[n]) + residual[m][n].
+struct LinearCall {
+    int M, K;
+    const void *x; // f16 or f32 [M, K], rows ldx elements apart; 16-byte aligned, ldx % 8 == 0
+    long ldx;
+    int x_f32;             // only where M <= 16; x is rounded to f16 on the way into the tensor cores
+    int norm_kind;         // only where M == 1: the weights multiply the norm of x
+    const float *norm_w;   // f32 [K]
+    const float *norm_b;   // f32 [K], layer norm only, may be null
+    float norm_eps;
+    int act;
+    const float *residual; // f32 [M, N], rows ldr elements apart, or null; may be y itself
+    long ldr;
+    int y_f32;             // y is f32, else f16
+    int n_sm;              // multiprocessors of the device
+};
+
+struct Linear4Part {
+    const void *units; // tile4_pack's output for a weight [N, K]
+    int N;
+    const float *bias; // f32 [N] or null
+    void *y;           // [M, N], rows ldy elements apart, 16-byte aligned
+    long ldy;
+};
+
+struct Linear4 : LinearCall {
+    int n_parts; // 1..3 weights that read the same x; with more than 1 there is no residual
+    Linear4Part part[3];
+    float map[16]; // the value of each code
+};
+
+struct Linear16 : LinearCall {
+    const void *w; // f16 [N, K]
+    int N;
+    const float *bias; // f32 [N] or null
+    void *y;           // [M, N], rows ldy elements apart
+    long ldy;
+};
+
+constexpr int kGroup = 64;      // columns of a unit: each row's share one absmax
+constexpr int kUnitRows = 16;
+constexpr int kCodeBytes = 512; // codes of a unit
+constexpr int kUnitBytes = 576;
+constexpr int kBlockRows = 64, kBlockUnits = 4, kTileBytes = kBlockUnits * kUnitBytes;
+constexpr int kTableBytes = 256 * 32 * 4;
+constexpr int kMaxShared = 227 * 1024;
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int blocks_of(int N) { return ceil_div(N, kBlockRows); }
+__host__ __device__ constexpr size_t block_bytes(int K) { return (size_t)(K / kGroup) * kTileBytes; }
+
+bool linear4_fits(int N, int K, int blocksize) {
+    return N > 0 && K > 0 && blocksize > 0 && K % kGroup == 0 && blocksize % kGroup == 0;
+}
+
+size_t tile4_bytes(int N, int K) { return blocks_of(N) * (block_bytes(K) + kBlockRows * sizeof(float)); }
+
+// ---- the tile layout ------------------------------------------------------------------------------------------------
+
+// The byte of a row's 32 that lane t holds at position e = 0..7.
+__device__ __forceinline__ int unit_byte(int t, int e) { return 8 * (e >> 1) + t + 4 * (e & 1); }
+
+// One thread per row of a lane: 8 bytes of codes; the threads of lanes t == 0 also move the row's absmax.
+template <bool kPack>
+__global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N, int K, char *units) {
+#ifdef BNB__HOPPER
+    const int groups = K / kGroup;
+    const size_t total = (size_t)blocks_of(N) * groups * kBlockUnits * 64;
+    for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total; i += (size_t)gridDim.x * blockDim.x) {
+        const int half = i & 1, t = i >> 1 & 3, g = i >> 3 & 7, quarter = i >> 6 & 3;
+        const int group = (i >> 8) % groups, block = (i >> 8) / groups;
+        const int row = block * kBlockRows + quarter * kUnitRows + g + half * 8;
+        char *unit = units + (i >> 6) * kUnitBytes;
+        uint8_t *packed = (uint8_t *)unit + (4 * g + t) * 16 + half * 8;
+        float *scale = (float *)(unit + kCodeBytes) + 2 * g + half;
+        const size_t column = (size_t)row * K + (size_t)group * kGroup;
+        if (kPack) {
+            for (int e = 0; e < 8; ++e) packed[e] = row < N ? codes[column / 2 + unit_byte(t, e)] : 0;
+            if (t == 0) *scale = row < N ? absmax[column / blocksize] : 0.0f;
+        } else if (row < N) {
+            for (int e = 0; e < 8; ++e) codes[column / 2 + unit_byte(t, e)] = packed[e];
+            if (t == 0 && column % blocksize == 0) absmax[column / blocksize] = *scale;
+        }
+    }
+#endif
+}
+
+// One warp per row.
+__global__ void tile4_row_scale(const float *absmax, int blocksize, int N, int K, float *row_scale) {
+#ifdef BNB__HOPPER
+    const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
+    if (row >= blocks_of(N) * kBlockRows) return;
+    float largest = 0;
+    if (row < N)
+        for (int k = lane * kGroup; k < K; k += 32 * kGroup)
+            largest = fmaxf(largest, fabsf(absmax[((size_t)row * K + k) / blocksize]));
+    for (int o = 16; o; o >>= 1) largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, o));
+    int exponent = 0;
+    frexpf(largest, &exponent); // largest <= 2^exponent
+    if (lane == 0) row_scale[row] = ldexpf(1.0f, min(max(exponent, -120), 120));
+#endif
+}
+
+cudaError_t tile4_pack(cudaStream_t stream, const uint8_t *codes, const float *absmax, int blocksize, int N, int K,
+                       void *units) {
+    if (!linear4_fits(N, K, blocksize)) return cudaErrorInvalidValue;
+    tile4_kernel<true><<<1024, 256, 0, stream>>>((uint8_t *)codes, (float *)absmax, blocksize, N, K, (char *)units);
+    float *row_scale = (float *)((char *)units + blocks_of(N) * block_bytes(K));
+    tile4_row_scale<<<blocks_of(N) * (kBlockRows / 8), 256, 0, stream>>>(absmax, blocksize, N, K, row_scale);
+    return cudaGetLastError();
+}
+
+// The exact inverse of tile4_pack.
+cudaError_t tile4_unpack(cudaStream_t stream, const void *units, int blocksize, int N, int K, uint8_t *codes,
+                         float *absmax) {
+    if (!linear4_fits(N, K, blocksize)) return cudaErrorInvalidValue;
+    tile4_kernel<false><<<1024, 256, 0, stream>>>(codes, absmax, blocksize, N, K, (char *)units);
+    return cudaGetLastError();
+}
+
+// ---- PTX ------------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// The next kernel of the stream may start. It waits before it touches what this one reads or writes.
+__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void wait_for_prior_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
+}
+
+// After the barriers are initialized: makes them visible to the copy engine and to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+
+// Arrives at the same barrier of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
+}
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "AGAIN_%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@done bra DONE_%=;\n"
+                 "bra AGAIN_%=;\n"
+                 "DONE_%=:}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+
+// Copies bytes (a multiple of 16) to shared memory; the barrier counts them.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(to),
+                 "l"(map), "r"(k), "r"(m), "r"(barrier)
+                 : "memory");
+}
+
+// The same to every block of the cluster that mask names, at the same place, counted by each block's barrier.
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
+                                            uint16_t mask) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"(mask)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return n;
+}
+
+// Of all threads of the cluster that have not returned.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 cluster_load(uint32_t address, uint32_t rank) {
+    float4 v;
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return v;
+}
+
+// Four 8 x 8 matrices of f16: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16, 8] += a[16, 16] b[16, 8]
+__device__ __forceinline__ void mma(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// d[64, kN] = (add ? d : 0) + a[64, 16] b[16, kN], a in registers, b in shared memory.
+template <int kN> __device__ void wgmma(float (&d)[kN / 2], const uint32_t *a, uint64_t b, int add);
+
+#define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
+#define ACC8(i) ACC4(i), ACC4(i + 4)
+
+template <> __device__ __forceinline__ void wgmma<16>(float (&d)[8], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7},"
+                 "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
+                 : ACC8(0)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+template <> __device__ __forceinline__ void wgmma<32>(float (&d)[16], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15},"
+                 "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
+                 : ACC8(0), ACC8(8)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+template <> __device__ __forceinline__ void wgmma<64>(float (&d)[32], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
+                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
+                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+template <> __device__ __forceinline__ void wgmma<128>(float (&d)[64], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37,"
+                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55,"
+                 "%56, %57, %58, %59, %60, %61, %62, %63},"
+                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
+                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %133, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
+                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37,"
+                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55,"
+                 "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73,"
+                 "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91,"
+                 "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108,"
+                 "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123,"
+                 "%124, %125, %126, %127},"
+                 "{%128, %129, %130, %131}, %132, p, 1, 1, 0;}"
+                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56), ACC8(64),
+                   ACC8(72), ACC8(80), ACC8(88), ACC8(96), ACC8(104), ACC8(112), ACC8(120)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
+#undef ACC8
+#undef ACC4
+
+// ---- what the kernels share -----------------------------------------------------------------------------------------
+
+__device__ __forceinline__ float activate(float v, int act) {
+    switch (act) {
+    case kActRelu: return fmaxf(v, 0.0f);
+    case kActGelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
+    case kActGeluTanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+    case kActSilu: return v / (1.0f + expf(-v));
+    default: return v;
+    }
+}
+
+__device__ __forceinline__ uint32_t half2_bits(float low, float high) {
+    const __half2 h = __floats2half2_rn(low, high);
+    return *(const uint32_t *)&h;
+}
+
+__device__ __forceinline__ void store_y(void *y, size_t i, float v, int y_f32) {
+    if (y_f32) ((float *)y)[i] = v;
+    else ((__half *)y)[i] = __float2half_rn(v);
+}
+
+// 64 rows of the call's weights; blocks are counted through its parts.
+struct Block {
+    const char *tiles;      // [K / 64] tiles
+    const float *row_scale; // [64]
+    int part, row;          // row: the first of the block's rows in its part
+};
+
+__device__ __forceinline__ Block block_at(const Linear4 &a, int block) {
+    int part = 0;
+    for (; part + 1 < a.n_parts && block >= blocks_of(a.part[part].N); ++part) block -= blocks_of(a.part[part].N);
+    const char *tiles = (const char *)a.part[part].units;
+    const char *scales = tiles + blocks_of(a.part[part].N) * block_bytes(a.K);
+    return {tiles + block * block_bytes(a.K), (const float *)scales + block * kBlockRows, part, block * kBlockRows};
+}
+
+inline int total_blocks(const Linear4 &a) {
+    int n = 0;
+    for (int i = 0; i < a.n_parts; ++i) n += blocks_of(a.part[i].N);
+    return n;
+}
+
+// table: half2 [256 bytes of codes][32 banks]; the low half is the high nibble, the even column. 512 threads.
+__device__ __forceinline__ void fill_table(char *table, const float *map, int thread) {
+    const int byte = thread / 2; // its 16-byte pieces with the parity of thread, each in turn free of bank conflicts
+    const uint32_t pair = half2_bits(map[byte >> 4], map[byte & 15]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+        ((uint4 *)table)[byte * 8 + ((thread + 2 * i) & 7)] = make_uint4(pair, pair, pair, pair);
+}
+
+// A lane's 16 bytes of a unit's codes to the A fragments of four k16 steps; bank: 4 * lane.
+__device__ __forceinline__ void decode(const uint4 &codes, const char *table, uint32_t bank, uint32_t (&a)[16]) {
+    const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const uint32_t entry = (j == 0 ? word[i] << 7 : word[i] >> (8 * j - 7)) & 0x7f80;
+            a[(i & 1) * 8 + (i >> 1) + 2 * j] = *(const uint32_t *)(table + (entry | bank));
+        }
+}
+
+// Among the first kThreads threads: all but the producer, where there is one.
+template <int kThreads> __device__ __forceinline__ void consumer_sync() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// The sum over the consumers; partial [32] must not be in use.
+template <int kThreads> __device__ __forceinline__ float consumer_sum(float v, float *partial) {
+    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
+    consumer_sync<kThreads>();
+    v = threadIdx.x % 32 < kThreads / 32 ? partial[threadIdx.x % 32] : 0.0f;
+    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+    return v;
+}
+
+constexpr int kNormMax = 16384; // columns
+
+// The norm of the one row of x as f16. The row stays in registers between the passes.
+template <int kThreads> __device__ __forceinline__ void stage_norm(const LinearCall &a, __half *to, float *partial) {
+    constexpr int kPieces = kNormMax / 4 / kThreads;
+    const int pieces = a.K / 4;
+    float4 v[kPieces];
+    float sum = 0, squares = 0;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        const int i = threadIdx.x + j * kThreads;
+        v[j] = i < pieces ? ((const float4 *)a.x)[i] : make_float4(0, 0, 0, 0);
+        sum += (v[j].x + v[j].y) + (v[j].z + v[j].w);
+    }
+    const float mean = a.norm_kind == kNormLayer ? consumer_sum<kThreads>(sum, partial) / a.K : 0.0f;
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        if (threadIdx.x + j * kThreads >= pieces) break;
+        const float4 d = make_float4(v[j].x - mean, v[j].y - mean, v[j].z - mean, v[j].w - mean);
+        squares += (d.x * d.x + d.y * d.y) + (d.z * d.z + d.w * d.w);
+    }
+    const float scale = 1.0f / sqrtf(consumer_sum<kThreads>(squares, partial + 32) / a.K + a.norm_eps);
+#pragma unroll
+    for (int j = 0; j < kPieces; ++j) {
+        const int i = threadIdx.x + j * kThreads;
+        if (i >= pieces) break;
+        const float4 w = ((const float4 *)a.norm_w)[i];
+        const float4 b = a.norm_b ? ((const float4 *)a.norm_b)[i] : make_float4(0, 0, 0, 0);
+        ((uint2 *)to)[i] = make_uint2(
+            half2_bits((v[j].x - mean) * scale * w.x + b.x, (v[j].y - mean) * scale * w.y + b.y),
+            half2_bits((v[j].z - mean) * scale * w.z + b.z, (v[j].w - mean) * scale * w.w + b.w));
+    }
+}
+
+// x to f16 [M][pitch] in shared memory; partial [64] is scratch.
+template <int kThreads>
+__device__ __forceinline__ void stage_x(const LinearCall &a, __half *to, int pitch, float *partial) {
+    if (a.norm_kind != kNormNone) return stage_norm<kThreads>(a, to, partial);
+    const int pieces = a.K / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < a.M * pieces; i += kThreads) {
+        const int m = a.M == 1 ? 0 : i / pieces, k = (i - m * pieces) * 8;
+        uint4 v;
+        if (a.x_f32) {
+            const float4 *from = (const float4 *)((const float *)a.x + m * a.ldx + k);
+            const float4 p = from[0], q = from[1];
+            v = make_uint4(half2_bits(p.x, p.y), half2_bits(p.z, p.w), half2_bits(q.x, q.y), half2_bits(q.z, q.w));
+        } else {
+            v = *(const uint4 *)((const __half *)a.x + m * a.ldx + k);
+        }
+        *(uint4 *)(to + m * pitch + k) = v;
+    }
+}
+
+// ---- linear4_small --------------------------------------------------------------------------------------------------
+
+// kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: 1, 2 or 4 neighbouring units of a tile
+// that a warp takes together. kStages: of each warp's ring.
+template <int kCols, int kUnits, int kStages> struct Small {
+    static constexpr int kWarps = 16, kThreads = kWarps * 32;
+    static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
+    static constexpr int kStageBytes = kUnits * kUnitBytes;
+    static constexpr int kRing = kTableBytes;                                // units [kWarps][kStages][kUnits]
+    static constexpr int kBarriers = kRing + kWarps * kStages * kStageBytes; // u64 [kWarps][kStages]
+    static constexpr int kPartial = kBarriers + kWarps * kStages * 8;        // f32 [kWarps][M][kRows]
+    static int shared_bytes(int M, int K) { return x_offset(M) + M * x_pitch(K) * 2; }
+    __host__ __device__ static int x_offset(int M) { return kPartial + kWarps * M * kRows * 4; }
+    __host__ __device__ static int x_pitch(int K) { return K + 8; } // rows 16 bytes apart in the banks for ldmatrix
+};
+
+// The rows of W are cut into strips of kRows; block b computes `share` of them, one more where b < more. Warp w takes
+// the tiles w, w + 16, ... of a strip. kBlocks fit a multiprocessor.
+template <int kCols, int kUnits, int kStages, int kBlocks>
+__global__ void __launch_bounds__(512, kBlocks)
+    linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
+#ifdef BNB__HOPPER
+    using S = Small<kCols, kUnits, kStages>;
+    constexpr int kStrips = kBlockUnits / kUnits; // of a block of 64 rows
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int block = blockIdx.x, first = block * share + min(block, more), end = first + share + (block < more);
+    const int groups = a.K / kGroup, M = kCols == 1 ? 1 : a.M;
+
+    const char *ring = shared + S::kRing + warp * kStages * S::kStageBytes;
+    const uint32_t full = shared_address(shared + S::kBarriers) + warp * kStages * 8;
+    if (lane == 0) {
+        for (int i = 0; i < kStages; ++i) barrier_init(full + i * 8, 1);
+        barrier_init_fence();
+    }
+    __syncwarp();
+
+    // What the ring's next free stage will hold: the units at `from`, tile `ahead` of strip `ahead_strip`.
+    int ahead_strip = warp < groups ? first : end, ahead = warp;
+    const char *from = nullptr;
+    auto copy_next = [&](int stage) {
+        if (ahead_strip >= end) return;
+        if (ahead == warp)
+            from = block_at(a, ahead_strip / kStrips).tiles + warp * kTileBytes +
+                   ahead_strip % kStrips * S::kStageBytes;
+        if (lane == 0) {
+            barrier_expect(full + stage * 8, S::kStageBytes);
+            bulk_copy(shared_address(ring + stage * S::kStageBytes), from, S::kStageBytes, full + stage * 8);
+        }
+        from += S::kWarps * kTileBytes;
+        ahead += S::kWarps;
+        if (ahead >= groups) ahead = warp, ++ahead_strip;
+    };
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) copy_next(i); // weights do not depend on the kernel before
+    launch_dependents();
+    fill_table(shared, a.map, threadIdx.x);
+    wait_for_prior_kernel(); // from here on x and residual may be read and y written
+
+    __half *x = (__half *)(shared + S::x_offset(M));  // [M][pitch]
+    float *partial = (float *)(shared + S::kPartial); // [kWarps][M][kRows]
+    const int pitch = S::x_pitch(a.K);
+    stage_x<S::kThreads>(a, x, pitch, partial);
+    consumer_sync<S::kThreads>();
+
+    uint32_t x_lane[S::kTiles]; // where this lane's row of ldmatrix begins
+#pragma unroll
+    for (int n = 0; n < S::kTiles; ++n)
+        x_lane[n] = shared_address(x + min(n * 8 + lane % 8, M - 1) * pitch + lane / 8 * 8);
+
+    int stage = 0;
+    uint32_t parity = 0;
+    for (int strip = first; strip < end; ++strip) {
+        float sum[kUnits][S::kTiles][4] = {};
+        for (int group = warp; group < groups; group += S::kWarps) {
+            uint32_t b[S::kTiles][8];
+#pragma unroll
+            for (int n = 0; n < S::kTiles; ++n) {
+                load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
+                load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
+            }
+            barrier_wait(full + stage * 8, parity);
+            uint4 codes[kUnits];
+            float2 absmax[kUnits]; // of rows g and g + 8
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                const char *unit = ring + stage * S::kStageBytes + u * kUnitBytes;
+                codes[u] = *(const uint4 *)(unit + lane * 16);
+                absmax[u] = *(const float2 *)(unit + kCodeBytes + g * 8);
+            }
+            __syncwarp();
+            copy_next(stage); // the stage is free once it is in registers
+            if (++stage == kStages) stage = 0, parity ^= 1;
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                uint32_t w[16];
+                decode(codes[u], shared, lane * 4, w);
+#pragma unroll
+                for (int n = 0; n < S::kTiles; ++n) {
+                    float d[4] = {};
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) mma(d, w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
+                    sum[u][n][0] += d[0] * absmax[u].x;
+                    sum[u][n][1] += d[1] * absmax[u].x;
+                    sum[u][n][2] += d[2] * absmax[u].y;
+                    sum[u][n][3] += d[3] * absmax[u].y;
+                }
+            }
+        }
+
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    const int m = kCols == 1 ? 0 : n * 8 + 2 * t + (j & 1);
+                    if (kCols == 1 ? t == 0 && (j & 1) == 0 : m < M)
+                        partial[(warp * M + m) * S::kRows + u * kUnitRows + g + (j >> 1) * 8] = sum[u][n][j];
+                }
+        consumer_sync<S::kThreads>();
+        if ((int)threadIdx.x < M * S::kRows) { // one output each
+            const Block rows = block_at(a, strip / kStrips);
+            const Linear4Part &out = a.part[rows.part];
+            const int m = threadIdx.x / S::kRows, n = rows.row + strip % kStrips * S::kRows + threadIdx.x % S::kRows;
+            if (n < out.N) {
+                const float residual = a.residual ? a.residual[m * a.ldr + n] : 0.0f;
+                float v = out.bias ? out.bias[n] : 0.0f;
+#pragma unroll
+                for (int w = 0; w < S::kWarps; ++w) v += partial[w * M * S::kRows + threadIdx.x];
+                store_y(out.y, m * out.ldy + n, activate(v, a.act) + residual, a.y_f32);
+            }
+        }
+        if (strip + 1 < end) consumer_sync<S::kThreads>(); // before partial is written again
+    }
+#endif
+}
+
+// ---- linear4_wgmma --------------------------------------------------------------------------------------------------
+
+// kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K.
+// kMulticast: the blocks of a cluster of two take different rows of W and the same x, each fetching half of it;
+// else the blocks of a cluster split K.
+template <int kN, int kRows, int kSplit, bool kMulticast> struct Wgmma {
+    static constexpr int kWarps = kRows * kSplit * 4, kThreads = kWarps * 32 + (kN == 256 ? 128 : 32);
+    static constexpr int kStageX = kSplit * kN * kGroup * 2;         // f16 [kSplit][kN][64], 128-byte swizzle
+    static constexpr int kStageW = kRows * kSplit * kTileBytes;      // tiles [kRows][kSplit]
+    static constexpr int kChunk = kN >= 128 ? 64 : kN < 32 ? kN : 32; // columns of y that are written together
+    static constexpr int kPitch = kRows * 64 + 4;                    // conflict-free for the accumulator fragments
+    static constexpr int kPartialBytes = kSplit * kChunk * kPitch * 4; // f32 [kSplit][kChunk][kPitch]
+    static constexpr int kBarrierBytes = 256;
+    static constexpr int kFree = kMaxShared - kTableBytes - kPartialBytes - kBarrierBytes;
+    static constexpr int kFit = kFree / (kStageX + kStageW), kStages = kFit < 8 ? kFit : 8;
+    static constexpr int kTable = kStages * kStageX, kPartial = kTable + kTableBytes;
+    static constexpr int kUnits = kPartial + kPartialBytes, kBarriers = kUnits + kStages * kStageW;
+    static constexpr int kShared = kBarriers + kBarrierBytes;
+};
+
+template <int kN, int kRows, int kSplit, bool kMulticast>
+__global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 1)
+    linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ CUtensorMap x_map, int n_blocks) {
+#ifdef BNB__HOPPER
+    using S = Wgmma<kN, kRows, kSplit, kMulticast>;
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int rank = cluster_rank(), ranks = cluster_size();
+
+    // A step is kSplit groups of 64 columns. Tiles of y with the same rows of W follow each other, so that W is read
+    // from memory once.
+    const int groups = a.K / kGroup, all_steps = ceil_div(groups, kSplit);
+    const int step0 = kMulticast ? 0 : all_steps * rank / ranks;
+    const int step1 = kMulticast ? all_steps : all_steps * (rank + 1) / ranks;
+    const int m_tiles = ceil_div(a.M, kN), peers = kMulticast ? ranks : 1;
+    const int n_tiles = ceil_div(n_blocks, kRows * peers) * m_tiles;
+    const int tile0 = blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
+    auto first_block = [&](int tile) { return (tile / m_tiles * peers + (kMulticast ? rank : 0)) * kRows; };
+
+    const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
+    const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::kStages; ++i) {
+            barrier_init(full + i * 8, 1);
+            barrier_init(empty + i * 8, S::kWarps * peers);
+        }
+        barrier_init_fence();
+    }
+    if (kMulticast) cluster_sync();
+    else __syncthreads();
+    launch_dependents();
+
+    int stage = 0;
+    uint32_t parity = 0;
+    auto advance = [&] {
+        if (++stage == S::kStages) stage = 0, parity ^= 1;
+    };
+    if (warp >= S::kWarps) { // the producer: one thread of these works
+        if (kN == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); // 384 threads have 168 each
+        if (threadIdx.x == S::kWarps * 32) {
+            const char *rows[kRows]; // the tiles of each block of 64 rows
+            auto copy_tiles = [&](int to, int step) {
+                const uint32_t bytes = min(kSplit, groups - step * kSplit) * kTileBytes;
+                barrier_expect(full + to * 8, S::kStageX + kRows * bytes);
+#pragma unroll
+                for (int r = 0; r < kRows; ++r)
+                    bulk_copy(w_stages + to * S::kStageW + r * kSplit * kTileBytes,
+                              rows[r] + step * (kSplit * kTileBytes), bytes, full + to * 8);
+            };
+            int copies = 0, early = 0;
+            for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
+                const int m = tile % m_tiles * kN;
+#pragma unroll
+                for (int r = 0; r < kRows; ++r) rows[r] = block_at(a, min(first_block(tile) + r, n_blocks - 1)).tiles;
+                if (tile == tile0) { // weights do not depend on the kernel before
+#pragma unroll 1
+                    for (; early < min(S::kStages, step1 - step0); ++early) copy_tiles(early, step0 + early);
+                    wait_for_prior_kernel();
+                }
+#pragma unroll 1
+                for (int step = step0; step < step1; ++step, ++copies, advance()) {
+                    if (copies >= S::kStages) barrier_wait(empty + stage * 8, parity ^ 1);
+                    if (copies >= early) copy_tiles(stage, step);
+#pragma unroll
+                    for (int i = 0; i < kSplit; ++i) { // columns past K and rows past M arrive as zeros
+                        const uint32_t to = x_stages + stage * S::kStageX + i * (kN * kGroup * 2);
+                        const int k = (step * kSplit + i) * kGroup;
+                        if (kMulticast)
+                            tensor_copy(to + rank * (kN / 2 * kGroup * 2), &x_map, k, m + rank * (kN / 2),
+                                        full + stage * 8, 3);
+                        else tensor_copy(to, &x_map, k, m, full + stage * 8);
+                    }
+                }
+            }
+        }
+        if (kMulticast) cluster_sync(); // the other block's copies into this one's memory are done
+        return;
+    }
+
+    const int g = lane / 4, t = lane % 4, row_warp = warp % (kRows * 4), split = warp / (kRows * 4);
+    constexpr int kThreads = S::kWarps * 32;
+    if (kN == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    for (int i = threadIdx.x; i < 512; i += kThreads) fill_table(shared + S::kTable, a.map, i);
+    wait_for_prior_kernel();
+    consumer_sync<kThreads>();
+
+    float acc[kN / 2]; // rows row_warp * 16 + g (+ 8) of W, rows 8 i + 2 t (+ 1) of x
+    auto release = [&](int stage) {
+        if (kMulticast && lane < ranks) barrier_arrive(empty + stage * 8, lane);
+        else if (!kMulticast && lane == 0) barrier_arrive(empty + stage * 8);
+    };
+    for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
+        const int block = first_block(tile);
+        const float *row_scale = block_at(a, min(block + row_warp / 4, n_blocks - 1)).row_scale;
+        const int row = row_warp % 4 * kUnitRows + g;
+        const float inverse0 = 1.0f / row_scale[row], inverse8 = 1.0f / row_scale[row + 8];
+
+        auto fetch = [&](uint32_t(&f)[16], int step) { // decodes the weights of a step once they are there
+            barrier_wait(full + stage * 8, parity);
+            const char *unit = shared + S::kUnits + stage * S::kStageW +
+                               (row_warp / 4 * kSplit + split) * kTileBytes + row_warp % 4 * kUnitBytes;
+            decode(*(const uint4 *)(unit + lane * 16), shared + S::kTable, lane * 4, f);
+            float2 absmax = *(const float2 *)(unit + kCodeBytes + g * 8);
+            if (kSplit > 1 && step * kSplit + split >= groups) absmax = make_float2(0, 0); // past K: x is zero
+            const __half2 scale0 = __float2half2_rn(absmax.x * inverse0);
+            const __half2 scale8 = __float2half2_rn(absmax.y * inverse8);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const __half2 v = __hmul2(*(const __half2 *)&f[i], i & 1 ? scale8 : scale0);
+                f[i] = *(const uint32_t *)&v;
+            }
+        };
+        auto multiply = [&](uint32_t(&f)[16], int step) {
+            // 128-byte swizzle, 8 rows of x are 1024 bytes; a k16 step is 32 bytes on
+            const uint32_t x = x_stages + stage * S::kStageX + split * (kN * kGroup * 2);
+            const uint64_t b = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < 4; ++s) wgmma<kN>(acc, f + 4 * s, b + 2 * s, s > 0 || step > step0);
+            wgmma_commit();
+        };
+        // The next step is decoded while the tensor cores run.
+        uint32_t f[2][16];
+        fetch(f[0], step0);
+        for (int step = step0; step < step1; step += 2) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if (step + i >= step1) break;
+                const int running = stage;
+                multiply(f[i], step + i);
+                advance();
+                if (step + i + 1 < step1) fetch(f[i ^ 1], step + i + 1);
+                wgmma_wait<0>();
+                release(running);
+            }
+        }
+        // y: the fragments go through shared memory, kChunk rows of x at a time, so that rows of y are written whole.
+        constexpr int kQuads = kRows * 16; // a thread keeps the same four rows of W
+        float *partial = (float *)(shared + S::kPartial);
+        const int quad = threadIdx.x % kQuads;
+        const bool in_range = block + quad / 16 < n_blocks;
+        const Block out_block = block_at(a, min(block + quad / 16, n_blocks - 1));
+        const Linear4Part &out = a.part[out_block.part];
+        const int n = out_block.row + quad % 16 * 4, n_valid = in_range ? min(4, out.N - n) : 0;
+        const float4 scale = *(const float4 *)(out_block.row_scale + quad % 16 * 4);
+        float bias[4] = {};
+        for (int j = 0; j < n_valid; ++j) bias[j] = out.bias ? out.bias[n + j] : 0.0f;
+        auto sync = [&] {
+            if (!kMulticast && ranks > 1) cluster_sync();
+            else consumer_sync<kThreads>();
+        };
+#pragma unroll
+        for (int c = 0; c < kN; c += S::kChunk) {
+            if (tile % m_tiles * kN + c >= a.M) break;
+#pragma unroll
+            for (int i = 0; i < S::kChunk / 2; ++i)
+                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch + row_warp * 16 + g + (i & 2) * 4] =
+                    acc[c / 2 + i];
+            sync();
+            const int share = kMulticast ? 0 : rank, shares = kMulticast ? 1 : ranks;
+            for (int i = threadIdx.x / kQuads + share * (kThreads / kQuads); i < S::kChunk;
+                 i += shares * (kThreads / kQuads)) {
+                const int m = tile % m_tiles * kN + c + i;
+                if (m >= a.M) break;
+                float v[4] = {};
+                for (int r = 0; r < shares; ++r)
+#pragma unroll
+                    for (int k = 0; k < kSplit; ++k) {
+                        const float *from = partial + (k * S::kChunk + i) * S::kPitch + quad * 4;
+                        const float4 q = shares > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
+                        v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
+                    }
+                v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) {
+                    v[j] = activate(v[j] + bias[j], a.act);
+                    if (a.residual && j < n_valid) v[j] += a.residual[m * a.ldr + n + j];
+                }
+                const size_t to = (size_t)m * out.ldy + n;
+                if (n_valid == 4 && out.ldy % 4 == 0) {
+                    if (a.y_f32) *(float4 *)((float *)out.y + to) = make_float4(v[0], v[1], v[2], v[3]);
+                    else *(uint2 *)((__half *)out.y + to) = make_uint2(half2_bits(v[0], v[1]), half2_bits(v[2], v[3]));
+                } else {
+#pragma unroll
+                    for (int j = 0; j < 4; ++j)
+                        if (j < n_valid) store_y(out.y, to + j, v[j], a.y_f32);
+                }
+            }
+            sync();
+        }
+    }
+    if (kMulticast) cluster_sync();
+#endif
+}
+
+// ---- linear16 -------------------------------------------------------------------------------------------------------
+
+// Each of 8 warps computes 16 rows of W over all of K; a producer warp fetches tiles of 128 rows by 64 columns.
+struct Small16 {
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kRows = kWarps * 16;
+    static constexpr int kStageBytes = kRows * kGroup * 2; // f16 [128][64], 128-byte swizzle
+    static constexpr int kMaxStages = 8;
+    static constexpr int kTail = kMaxStages * 16 + 256; // u64 full [kMaxStages], empty [kMaxStages], f32 [64] scratch
+    __host__ __device__ static int x_pitch(int K) { return ceil_div(K, kGroup) * kGroup + 8; }
+    __host__ __device__ static int x_bytes(int M, int K) { return M * x_pitch(K) * 2; }
+    static int stages(int M, int K) { return std::min(kMaxStages, (kMaxShared - kTail - x_bytes(M, K)) / kStageBytes); }
+};
+
+__global__ void __launch_bounds__(288, 1)
+    linear16_small(const __grid_constant__ Linear16 a, const __grid_constant__ CUtensorMap w_map, int stages) {
+#ifdef BNB__HOPPER
+    using S = Small16;
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int steps = ceil_div(a.K, kGroup), tiles = ceil_div(a.N, S::kRows), pitch = S::x_pitch(a.K);
+    char *tail = shared + stages * S::kStageBytes;
+    const uint32_t ring = shared_address(shared), full = shared_address(tail), empty = full + S::kMaxStages * 8;
+    if (threadIdx.x == S::kThreads) {
+        for (int i = 0; i < stages; ++i) {
+            barrier_init(full + i * 8, 1);
+            barrier_init(empty + i * 8, S::kWarps);
+        }
+        barrier_init_fence();
+    }
+    __syncthreads();
+    launch_dependents();
+
+    int stage = 0;
+    uint32_t parity = 0;
+    if (warp == S::kWarps) { // the producer: weights do not depend on the kernel before
+        if (lane != 0) return;
+        int copies = 0;
+        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x)
+            for (int step = 0; step < steps; ++step, ++copies) {
+                if (copies >= stages) barrier_wait(empty + stage * 8, parity ^ 1);
+                barrier_expect(full + stage * 8, S::kStageBytes);
+                tensor_copy(ring + stage * S::kStageBytes, &w_map, step * kGroup, tile * S::kRows, full + stage * 8);
+                if (++stage == stages) stage = 0, parity ^= 1;
+            }
+        return;
+    }
+
+    wait_for_prior_kernel();
+    __half *x = (__half *)(tail + S::kTail); // [M][pitch], zeros past K
+    for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
+        x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
+    stage_x<S::kThreads>(a, x, pitch, (float *)(tail + S::kMaxStages * 16));
+    consumer_sync<S::kThreads>();
+
+    const int w_row = warp * 16 + lane % 16; // of ldmatrix, as w_chunk of 16 bytes in its swizzled place
+    const uint32_t x_lane = shared_address(x + min(lane % 8, a.M - 1) * pitch + lane / 8 * 8);
+    for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        float d[2][4] = {};
+        for (int step = 0; step < steps; ++step) {
+            uint32_t w[4][4], b[8];
+            load_matrices(b, x_lane + step * (kGroup * 2));
+            load_matrices(b + 4, x_lane + step * (kGroup * 2) + 64);
+            barrier_wait(full + stage * 8, parity);
+#pragma unroll
+            for (int s = 0; s < 4; ++s) {
+                const int w_chunk = (2 * s + lane / 16) ^ (w_row & 7);
+                load_matrices(w[s], ring + stage * S::kStageBytes + w_row * 128 + w_chunk * 16);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + stage * 8);
+            if (++stage == stages) stage = 0, parity ^= 1;
+#pragma unroll
+            for (int s = 0; s < 4; ++s) mma(d[s & 1], w[s], b[2 * s], b[2 * s + 1]);
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const int m = 2 * t + (j & 1), n = tile * S::kRows + warp * 16 + g + (j >> 1) * 8;
+            if (m >= a.M || n >= a.N) continue;
+            const float v = activate(d[0][j] + d[1][j] + (a.bias ? a.bias[n] : 0.0f), a.act);
+            store_y(a.y, m * a.ldy + n, v + (a.residual ? a.residual[m * a.ldr + n] : 0.0f), a.y_f32);
+        }
+    }
+#endif
+}
+
+// ---- launches -------------------------------------------------------------------------------------------------------
+
+struct SmallKernel {
+    int cols, units, stages, blocks;
+    void (*kernel)(Linear4, int, int);
+    int (*shared_bytes)(int M, int K);
+};
+template <int kCols, int kUnits, int kStages, int kBlocks> constexpr SmallKernel small_kernel() {
+    return {kCols, kUnits, kStages, kBlocks, linear4_small<kCols, kUnits, kStages, kBlocks>,
+            Small<kCols, kUnits, kStages>::shared_bytes};
+}
+
+struct WgmmaKernel {
+    int n, rows, split;
+    bool multicast;
+    int threads, shared;
+    void (*kernel)(Linear4, CUtensorMap, int);
+};
+template <int kN, int kRows, int kSplit, bool kMulticast = false> constexpr WgmmaKernel wgmma_kernel() {
+    using S = Wgmma<kN, kRows, kSplit, kMulticast>;
+    return {kN, kRows, kSplit, kMulticast, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit, kMulticast>};
+}
+
+const SmallKernel kSmallKernels[] = {
+    small_kernel<1, 1, 6, 1>(), small_kernel<1, 2, 4, 1>(), small_kernel<1, 4, 2, 1>(), small_kernel<1, 4, 3, 1>(),
+    small_kernel<1, 1, 4, 2>(), small_kernel<1, 2, 3, 2>(), small_kernel<8, 1, 6, 1>(), small_kernel<8, 2, 4, 1>(),
+    small_kernel<8, 4, 2, 1>(), small_kernel<16, 1, 4, 1>(), small_kernel<16, 2, 2, 1>(),
+};
+
+const WgmmaKernel kWgmmaKernels[] = {
+    wgmma_kernel<16, 1, 4>(), wgmma_kernel<16, 2, 2>(), wgmma_kernel<16, 4, 1>(),  wgmma_kernel<32, 1, 4>(),
+    wgmma_kernel<32, 2, 2>(), wgmma_kernel<32, 4, 1>(), wgmma_kernel<64, 2, 2>(),  wgmma_kernel<64, 4, 1>(),
+    wgmma_kernel<128, 2, 1>(), wgmma_kernel<128, 2, 1, true>(), wgmma_kernel<256, 2, 1>(),
+    wgmma_kernel<256, 2, 1, true>(),
+};
+
+template <class F> cudaError_t allow_shared(F *kernel) {
+    const cudaError_t err =
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+    if (err != cudaSuccess) return err;
+    // The same split of L1 for all kernels: a multiprocessor would have to drain to change it.
+    return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
+                                cudaSharedmemCarveoutMaxShared);
+}
+
+// Once per device, which becomes the current one.
+cudaError_t linear4_init(int device) {
+    cudaError_t err = cudaSetDevice(device);
+    for (const SmallKernel &k : kSmallKernels)
+        if (err == cudaSuccess) err = allow_shared(k.kernel);
+    for (const WgmmaKernel &k : kWgmmaKernels)
+        if (err == cudaSuccess) err = allow_shared(k.kernel);
+    if (err == cudaSuccess) err = allow_shared(linear16_small);
+    return err;
+}
+
+template <class... Args>
+cudaError_t launch(cudaStream_t stream, void (*kernel)(Args...), int blocks, int threads, int shared, int cluster,
+                   bool pdl, Args... args) {
+    cudaLaunchAttribute attribute[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = attribute;
+    if (cluster > 1) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attribute[config.numAttrs].val.clusterDim.x = cluster;
+        attribute[config.numAttrs].val.clusterDim.y = attribute[config.numAttrs].val.clusterDim.z = 1;
+        ++config.numAttrs;
+    }
+    if (pdl) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        ++config.numAttrs;
+    }
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// An f16 matrix [rows][columns] as boxes of 64 columns by box_rows rows, in the order that wgmma reads.
+cudaError_t make_map(CUtensorMap *map, const void *matrix, int rows, int columns, long pitch, int box_rows) {
+    static const auto encode = [] { // the runtime library has no such call; the driver's never changes
+        void *entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) !=
+            cudaSuccess)
+            entry = nullptr;
+        return (decltype(&cuTensorMapEncodeTiled))entry;
+    }();
+    if (!encode) return cudaErrorNotSupported;
+    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, pitch_bytes[1] = {(cuuint64_t)pitch * 2};
+    const cuuint32_t box[2] = {kGroup, (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult result =
+        encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)matrix, size, pitch_bytes, box, step,
+               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+// per_sm: blocks of the grid per multiprocessor.
+cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &k, int per_sm, bool pdl) {
+    const int strips = total_blocks(a) * (kBlockUnits / k.units), blocks = std::min(a.n_sm * per_sm, strips);
+    return launch(stream, k.kernel, blocks, 512, k.shared_bytes(a.M, a.K), 1, pdl, a, strips / blocks, strips % blocks);
+}
+
+// cluster: blocks that split K, 1 with multicast.
+cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
+    CUtensorMap x_map;
+    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.multicast ? k.n / 2 : k.n);
+    if (err != cudaSuccess) return err;
+    if (k.multicast) cluster = 2;
+    const int n_blocks = total_blocks(a);
+    const int tiles = ceil_div(n_blocks, k.rows * (k.multicast ? 2 : 1)) * ceil_div(a.M, k.n);
+    // Blocks that split K take one tile; others stay and take one after the other.
+    const int clusters = cluster > 1 && !k.multicast ? tiles : std::min(tiles, a.n_sm / cluster);
+    return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, x_map, n_blocks);
+}
+
+// The choice of a kernel: the least estimated time of the busiest multiprocessor, in cycles. Only the proportions of
+// the constants matter.
+const SmallKernel *plan_small(const Linear4 &a) {
+    const SmallKernel *best = nullptr;
+    int best_cycles = 0;
+    for (const SmallKernel &k : kSmallKernels) {
+        if (a.M > k.cols || (k.cols == 1) != (a.M == 1) || a.M * k.units * kUnitRows > 512) continue;
+        if (k.cols == 16 && a.M <= 8) continue;
+        if (k.shared_bytes(a.M, a.K) > kMaxShared) continue;
+        const int strips = ceil_div(total_blocks(a) * (kBlockUnits / k.units), a.n_sm);
+        const int cycles = strips * (ceil_div(a.K / kGroup, 16) * (480 * k.units + 300) + 1000);
+        if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
+    }
+    return best;
+}
+
+// cluster: how many blocks split K.
+const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
+    const WgmmaKernel *best = nullptr;
+    long best_cycles = 0;
+    for (const WgmmaKernel &k : kWgmmaKernels)
+        for (int split = 1; split <= (k.multicast ? 1 : 8); split *= 2) {
+            const int peers = k.multicast ? 2 : 1, steps = ceil_div(a.K / kGroup, k.split);
+            const int tiles = ceil_div(total_blocks(a), k.rows * peers) * peers * ceil_div(a.M, k.n);
+            if (split > steps || (split > 1 && tiles * split > a.n_sm)) continue;
+            const long step = k.n < 128 ? 600 + 2 * k.n : 100 + 4 * k.n; // decoding by 16 warps, or the tensor cores
+            const long cycles = ceil_div(tiles * split, a.n_sm) * (ceil_div(steps, split) * step + 20 * k.n + 2000) +
+                                (split > 1 ? 1500 : 0);
+            if (!best || cycles < best_cycles) best = &k, best_cycles = cycles, *cluster = split;
+        }
+    return best;
+}
+
+cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
+    if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
+        return cudaErrorInvalidValue;
+    if (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)) return cudaErrorInvalidValue;
+    const SmallKernel *small = a.M <= 8 || a.x_f32 ? plan_small(a) : nullptr;
+    if (small) return run_small(stream, a, *small, 1, pdl);
+    if (a.x_f32) return cudaErrorInvalidValue;
+    int cluster = 1;
+    const WgmmaKernel *k = plan_wgmma(a, &cluster);
+    return run_wgmma(stream, a, *k, cluster, pdl);
+}
+
+// K % 8 == 0, and x fits beside a ring of at least four stages.
+bool linear16_fits(int M, int K) { return M >= 1 && M <= 8 && K % 8 == 0 && Small16::stages(M, K) >= 4; }
+
+cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
+    if (!linear16_fits(a.M, a.K) || (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)))
+        return cudaErrorInvalidValue;
+    CUtensorMap w_map;
+    const cudaError_t err = make_map(&w_map, a.w, a.N, a.K, a.K, Small16::kRows);
+    if (err != cudaSuccess) return err;
+    const int stages = Small16::stages(a.M, a.K);
+    const int shared = stages * Small16::kStageBytes + Small16::kTail + Small16::x_bytes(a.M, a.K);
+    return launch(stream, linear16_small, std::min(a.n_sm, ceil_div(a.N, Small16::kRows)), Small16::kThreads + 32,
+                  shared, 1, pdl, a, w_map, stages);
+}
+
+} // namespace tile4
+
+/* ==== [TILE8] ==================================================================================================== */
+
+namespace tile8 {
+
+/* Hopper's own instructions, thinly wrapped: barriers in shared memory, the tensor copy engine, warpgroup products.
+ * Shared by the int8 product and by attention. */
+
+__device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+/* Programmatic dependent launch: both do nothing in a launch without the attribute. */
+__device__ inline void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ inline void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+__device__ inline void barrier_init(uint64_t *bar, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
+}
+__device__ inline void
+barrier_init_done() { /* by the thread that initialized, before the others use or copies arrive */
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void barrier_expect(uint64_t *bar, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
+}
+__device__ inline void barrier_arrive(uint64_t *bar) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
+}
+__device__ inline void barrier_wait(uint64_t *bar, int parity) {
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(bar)), "r"(parity)
+                     : "memory");
+    }
+}
+/* Ordinary writes to shared memory are seen by copies and warpgroup products that come after. */
+__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ inline void named_barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ inline void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+__device__ inline int cluster_rank() {
+    int r;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+/* By whole warps; those that have left do not count. */
+__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+__device__ inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
+/* The same variable in the shared memory of another block of the cluster. */
+template <class T> __device__ inline T *cluster_peer(T *p, int rank) {
+    uint64_t q;
+    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
+    return (T *)q;
+}
+
+int multiprocessors() { /* of the current device */
+    int device = 0, n = 0;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device)) return 1;
+    return n;
+}
+
+template <class P>
+cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, int cluster, bool pdl,
+                   cudaStream_t stream) {
+    cudaLaunchAttribute attribute[2];
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
+    config.attrs = attribute;
+    if (cluster > 1) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attribute[config.numAttrs].val.clusterDim = {(unsigned)cluster, 1, 1};
+        config.numAttrs++;
+    }
+    if (pdl) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        config.numAttrs++;
+    }
+    return cudaLaunchKernelEx(&config, kernel, params);
+}
+
+/* The box at column x, row y of the map's matrix -> shared memory. */
+__device__ inline void tensor_load(void *dst, const CUtensorMap *map, int x, int y, uint64_t *bar) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared_address(dst)),
+        "l"(map), "r"(x), "r"(y), "r"(shared_address(bar))
+        : "memory");
+}
+
+/* A row-major matrix [rows, cols], rows pitch bytes apart, read in boxes that land with the 128-byte swizzle: 16-byte
+ * unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside the matrix: zeros. */
+cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
+                       int box_rows) {
+    void *entry = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    const cudaError_t e =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
+    if (e != cudaSuccess) return e;
+    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
+    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)pitch};
+    const cuuint32_t box[2] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)box_rows}, step[2] = {1, 1};
+    const CUresult r = ((decltype(&cuTensorMapEncodeTiled))entry)(
+        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)base,
+        size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+
+/* 8 numbers as f16 at each of N offsets from f32 or f16 numbers. One branch for all N: the loads are in flight
+ * together. */
+template <int N>
+__device__ inline void load_half8(const void *base, int is_f32, bool aligned, const int (&at)[N], uint4 (&x)[N]) {
+    const float *const wide = (const float *)base;
+    const __half *const narrow = (const __half *)base;
+    __half2 h[4];
+    if (!aligned) { /* to 16 bytes */
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j++)
+                h[j] = is_f32 ? __floats2half2_rn(wide[at[i] + 2 * j], wide[at[i] + 2 * j + 1])
+                              : __halves2half2(narrow[at[i] + 2 * j], narrow[at[i] + 2 * j + 1]);
+            x[i] = *(const uint4 *)h;
+        }
+    } else if (is_f32) {
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            const float4 a = *(const float4 *)(wide + at[i]), b = *(const float4 *)(wide + at[i] + 4);
+            h[0] = __floats2half2_rn(a.x, a.y), h[1] = __floats2half2_rn(a.z, a.w);
+            h[2] = __floats2half2_rn(b.x, b.y), h[3] = __floats2half2_rn(b.z, b.w);
+            x[i] = *(const uint4 *)h;
+        }
+    } else {
+#pragma unroll
+        for (int i = 0; i < N; i++) x[i] = *(const uint4 *)(narrow + at[i]);
+    }
+}
+
+/* d [16, 8] += a [16, 32] s8 * b [8, 32]^T s8, one warp; fragments as the instruction defines them. */
+__device__ inline void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                              uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+/* d [16, 8] += a [16, 8] tf32 * b [8, 8]^T tf32, one warp. */
+__device__ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
+                                uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+/* Warpgroup products. An operand in shared memory is named by a descriptor: here always 128-byte swizzled atoms of 8
+ * rows of 128 bytes, 1024 bytes apart; `atoms` is the distance of neighbours along the contiguous dimension, which
+ * matters where that is not K. */
+__device__ inline uint64_t descriptor(const void *p, int atoms) {
+    return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(atoms >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
+           (uint64_t)1 << 62;
+}
+__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int N> __device__ inline void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
+}
+
+#define BNB__REGS_32                                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
+#define BNB__REGS_40                                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}"
+#define BNB__REGS_48                                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
+    "%44, %45, %46, %47}"
+#define BNB__REGS_64                                                                                                   \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
+    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
+#define BNB__REGS_128                                                                                                  \
+    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
+    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
+    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "        \
+    "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "        \
+    "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, "       \
+    "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "           \
+    "%123, %124, %125, %126, %127}"
+#define BNB__OUT_4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define BNB__OUT_16(c, d, i)                                                                                           \
+    BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4), BNB__OUT_4(c, d, i + 8), BNB__OUT_4(c, d, i + 12)
+#define BNB__OUT_32(c, d, i)  BNB__OUT_16(c, d, i), BNB__OUT_16(c, d, i + 16)
+#define BNB__OUT_40(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_4(c, d, i + 32), BNB__OUT_4(c, d, i + 36)
+#define BNB__OUT_48(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_16(c, d, i + 32)
+#define BNB__OUT_64(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_32(c, d, i + 32)
+#define BNB__OUT_128(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_64(c, d, i + 64)
+
+/* d [64, N] i32 += a [64, 32] s8 * b [N, 32]^T s8; more = 0 starts from zero. */
+#define BNB__WGMMA_S8(N, R, A, B, P)                                                                                   \
+    __device__ inline void wgmma_s8(int(&d)[R], uint64_t a, uint64_t b, int more) {                                    \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 " BNB__REGS_##R ", %" #A ", %" #B ", p;\n}" \
+                     : BNB__OUT_##R("+r", d, 0)                                                                        \
+                     : "l"(a), "l"(b), "r"(more));                                                                     \
+    }
+BNB__WGMMA_S8(128, 64, 64, 65, 66)
+BNB__WGMMA_S8(256, 128, 128, 129, 130)
+
+/* d [64, N] f32 += a [64, 16] f16 * b [N, 16]^T f16; more = 0 starts from zero. */
+#define BNB__WGMMA_SS(N, R, A, B, P)                                                                                   \
+    __device__ inline void wgmma_ss(float(&d)[R], uint64_t a, uint64_t b, int more) {                                  \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " BNB__REGS_##R ", %" #A ", %" #B         \
+                                                                                             ", p, 1, 1, 0, 0;\n}"     \
+                     : BNB__OUT_##R("+f", d, 0)                                                                        \
+                     : "l"(a), "l"(b), "r"(more));                                                                     \
+    }
+BNB__WGMMA_SS(64, 32, 32, 33, 34)
+BNB__WGMMA_SS(128, 64, 64, 65, 66)
+
+/* d [64, N] f32 += a [64, 16] f16 in registers * b [16, N] f16: N is contiguous. more = 0 starts from zero. */
+#define BNB__WGMMA_RS(N, R, A0, A1, A2, A3, B, P)                                                                      \
+    __device__ inline void wgmma_rs(float(&d)[R], const uint32_t *a, uint64_t b, int more) {                           \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " BNB__REGS_##R                           \
+                     ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1;\n}"                             \
+                     : BNB__OUT_##R("+f", d, 0)                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));                                 \
+    }
+BNB__WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37)
+BNB__WGMMA_RS(80, 40, 40, 41, 42, 43, 44, 45)
+BNB__WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53)
+BNB__WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69)
+BNB__WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133)
+
+/* LLM.int8() on Hopper: y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
+ *
+ *   M <= 16   linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
+ *             16 rows. One row of x is quantized by each block itself; more rows by linear8_quantize before.
+ *   M > 16    linear8_quantize, linear8_columns (only with a threshold), linear8_gemm: wgmma m64nNk32.
+ *
+ * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
+ * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
+ * Integer sums are exact in any order and f32 sums have a fixed order: the same bits in every run. */
+
+struct Linear8Part {
+    const void *w;    /* int8 [N, K], 16-byte aligned */
+    const float *scb; /* [N]                          */
+    int N;
+    const float *bias; /* [N], or null                 */
+    void *y;           /* [M, N], rows ldy elements apart */
+    long ldy;
+};
+
+struct Linear8 {
+    int M, K, n_parts; /* 1..3 weights that read the same x */
+    Linear8Part part[3];
+    int act;               /* 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu             */
+    const float *residual; /* [M, N] of the only part, rows ldr elements apart, or null */
+    long ldr;
+    const void *x; /* [M, K], rows ldx elements apart */
+    long ldx;
+    int x_f32, y_f32; /* else f16 */
+    float threshold;  /* 0: no outliers */
+    int outlier_rule; /* 0: an outlier takes its column out of every row; 1: of its own row */
+    void *scratch;    /* linear8_scratch() bytes, 256-byte aligned; no state between launches */
+};
+
+enum { linear8_chunk = 128 }; /* columns in one tile: the swizzle's width */
+
+bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0; }
+
+/* What lies in scratch; Kp: K rounded up to whole chunks. */
+struct Scratch8 {
+    int8_t *codes; /* [M, Kp] x in int8: 0 for outliers and beyond K */
+    float *sca;    /* [M]     largest magnitude of a row's ordinary elements */
+    uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier */
+    uint32_t *any; /* [Kp / 32]   bit k: some row has an outlier there */
+    int *list;     /* [Kp]    the columns of `any`, ascending */
+    int *count;    /* [2]     how many; blocks of linear8_columns that are done */
+    int Kp;
+    size_t bytes;
+};
+
+Scratch8 scratch8(const Linear8 &l) {
+    Scratch8 s;
+    const size_t Kp = ((size_t)l.K + linear8_chunk - 1) / linear8_chunk * linear8_chunk, M = l.M;
+    char *p = (char *)l.scratch, *const start = p;
+    const auto take = [&](size_t bytes) {
+        return p += (bytes + 255) & ~(size_t)255, p - ((bytes + 255) & ~(size_t)255);
+    };
+    s.Kp = (int)Kp;
+    s.codes = (int8_t *)take(M * Kp);
+    s.sca = (float *)take(M * 4);
+    s.mask = (uint8_t *)take(M * Kp / 8);
+    s.any = (uint32_t *)take(Kp / 8);
+    s.list = (int *)take(Kp * 4);
+    s.count = (int *)take(8);
+    s.bytes = (size_t)(p - start);
+    return s;
+}
+
+size_t linear8_scratch(const Linear8 &l) { return scratch8(l).bytes; }
+
+/* ---- quantization of x --------------------------------------------------------------------------------------------*/
+
+/* v[i] = what x[m[i], k[i]] adds through outlier column k[i]. All loads come before all decisions, so that they are in
+ * flight together. */
+template <int N>
+__device__ inline void x_outliers8(const Linear8 &l, const int (&m)[N], const int (&k)[N], float (&v)[N]) {
+    if (l.x_f32) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = ((const float *)l.x)[m[i] * l.ldx + k[i]];
+    } else {
+        __half h[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) h[i] = ((const __half *)l.x)[m[i] * l.ldx + k[i]];
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = __half2float(h[i]);
+    }
+    if (l.outlier_rule == 1) { /* only the outliers themselves */
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = fabsf(__half2float(__float2half_rn(v[i]))) >= l.threshold ? v[i] : 0.0f;
+    }
+}
+
+/* x[m, at[i]..at[i] + 7] in f16 */
+template <int N> __device__ inline void x_load8(const Linear8 &l, int m, const int (&at)[N], uint4 (&x)[N]) {
+    const int size = l.x_f32 ? 4 : 2;
+    const bool aligned = (((uintptr_t)l.x | (uintptr_t)(l.ldx * size)) & 15) == 0;
+    load_half8((const char *)l.x + m * l.ldx * size, l.x_f32, aligned, at, x);
+}
+
+/* Numbers that take part in the integer product: below the threshold, not NaN, not infinite. An f16 number is >= the
+ * threshold exactly if it is >= the threshold rounded up to f16. */
+__device__ inline __half2 limit8(float threshold) {
+    return __half2half2(threshold > 0 ? __float2half_ru(threshold) : __ushort_as_half(0x7c00));
+}
+
+/* Takes the other numbers out of x. *top: the largest magnitude of those that stay. -> mask of outliers */
+__device__ inline uint32_t ordinary8(uint4 &x, float threshold, __half2 limit, float *top) {
+    uint32_t *const w = (uint32_t *)&x, outliers = 0, out[4], any = 0;
+    __half2 m = __half2half2(__ushort_as_half(0));
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const __half2 a = __habs2(*(__half2 *)(w + i));
+        const uint32_t stays = __hlt2_mask(a, limit); /* not NaN */
+        out[i] = w[i] & ~stays, any |= ~stays;
+        w[i] &= stays;
+        m = __hmax2(m, __habs2(*(__half2 *)(w + i)));
+    }
+    *top = __half2float(__hmax(__low2half(m), __high2half(m)));
+    if (any) { /* rare */
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint32_t ge = __hge2_mask(__habs2(*(__half2 *)(out + i)), limit);
+            if (threshold > 0) outliers |= (ge & 1) << 2 * i | (ge >> 31) << (2 * i + 1);
+            else if (ge) *top = INFINITY; /* without a threshold an infinity is the row's maximum */
+        }
+    }
+    return outliers;
+}
+
+/* 127 / absmax as bitsandbytes' kernels compute it: with the hardware's reciprocal. A row of zeros has codes 0. */
+__device__ inline float quant_scale8(float absmax) {
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(absmax));
+    return absmax > 0 ? __fmul_rn(127.0f, r) : 0;
+}
+
+/* rint(x * scale) of 8 ordinary numbers. 1.5 * 2^23 leaves no bits below 1: the low byte is the rounded number. */
+__device__ inline uint64_t quantize8(const uint4 &x, float scale) {
+    const __half2 *h = (const __half2 *)&x;
+    uint32_t r[8];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const float2 f = __half22float2(h[i]);
+        r[2 * i] = __float_as_uint(__fadd_rn(__fmul_rn(f.x, scale), 12582912.0f));
+        r[2 * i + 1] = __float_as_uint(__fadd_rn(__fmul_rn(f.y, scale), 12582912.0f));
+    }
+    const uint32_t low = __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
+    const uint32_t high = __byte_perm(__byte_perm(r[4], r[5], 0x0040), __byte_perm(r[6], r[7], 0x0040), 0x5410);
+    return (uint64_t)high << 32 | low;
+}
+
+__device__ inline float block_max8(float v, float *maxima) { /* of 256 threads; maxima [8] in shared memory */
+    for (int i = 16; i; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
+    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = v;
+    __syncthreads();
+    for (int i = 0; i < 8; i++) v = fmaxf(v, maxima[i]);
+    return v;
+}
+
+struct Quantize8 {
+    Linear8 l;
+    Scratch8 s;
+};
+
+__global__ void __launch_bounds__(256)
+    linear8_quantize(const __grid_constant__ Quantize8 p) {
+#ifdef BNB__HOPPER /* a block for each row */
+    constexpr int ahead = 4, step = 256 * 8;
+    __shared__ float maxima[8];
+    const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp;
+    const __half2 limit = limit8(p.l.threshold);
+    uint4 x[ahead];
+    uint32_t outliers[ahead];
+    float absmax = 0;
+    /* K - 8 more than once does no harm */
+    const auto load = [&](int k) {
+        int at[ahead];
+#pragma unroll
+        for (int i = 0; i < ahead; i++) at[i] = min(k + i * step, K - 8);
+        x_load8(p.l, m, at, x);
+#pragma unroll
+        for (int i = 0; i < ahead; i++) {
+            float top;
+            outliers[i] = ordinary8(x[i], p.l.threshold, limit, &top);
+            absmax = fmaxf(absmax, top);
+        }
+    };
+    grid_launch_dependents();
+    grid_wait();
+    for (int k = tid * 8; k < K; k += ahead * step) load(k);
+    absmax = block_max8(absmax, maxima);
+    const float scale = quant_scale8(absmax);
+    for (int k = tid * 8; k < Kp; k += ahead * step) {
+        if (K > ahead * step) load(k); /* else it is still there */
+#pragma unroll
+        for (int i = 0; i < ahead; i++) {
+            const int at = k + i * step;
+            if (at >= Kp) continue;
+            *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
+            p.s.mask[(size_t)m * (Kp / 8) + at / 8] = (uint8_t)(at < K ? outliers[i] : 0);
+        }
+    }
+    if (tid == 0) p.s.sca[m] = absmax;
+    if (m > 0) return;
+    for (int i = tid; i < Kp / 32; i += 256) p.s.any[i] = 0; /* for linear8_columns */
+    if (tid == 0) p.s.count[1] = 0;
+#endif
+}
+
+/* Columns with outliers: a warp for 32 of them and 256 rows. The block that is done last makes list and count, and with
+ * rule 0 the columns' codes 0. */
+enum { columns8_rows = 256 };
+__global__ void __launch_bounds__(256) linear8_columns(const __grid_constant__ Quantize8 p) {
+#ifdef BNB__HOPPER
+    __shared__ int before[8], last;
+    const int tid = threadIdx.x, lane = tid % 32, w = blockIdx.x * 8 + tid / 32, n_words = p.s.Kp / 32, M = p.l.M;
+    grid_launch_dependents();
+    grid_wait();
+    if (w < n_words) {
+        uint32_t any = 0;
+#pragma unroll
+        for (int i = 0; i < columns8_rows / 32; i++) {
+            const int m = blockIdx.y * columns8_rows + 32 * i + lane;
+            any |= ((const uint32_t *)p.s.mask)[(size_t)min(m, M - 1) * n_words + w];
+        }
+        any = __reduce_or_sync(~0u, any);
+        if (lane == 0 && any) atomicOr(p.s.any + w, any);
+    }
+    __threadfence();
+    __syncthreads();
+    if (tid == 0) last = atomicAdd(p.s.count + 1, 1) == (int)(gridDim.x * gridDim.y) - 1;
+    __syncthreads();
+    if (!last) return;
+    __threadfence();
+    int n = 0; /* columns before the current stretch of 256 words */
+    for (int base = 0; base < n_words; base += 256) {
+        uint32_t u = base + tid < n_words ? __ldcg(p.s.any + base + tid) : 0;
+        int sum = __popc(u);
+        for (int d = 1; d < 32; d *= 2) {
+            const int other = __shfl_up_sync(~0u, sum, d);
+            if (lane >= d) sum += other;
+        }
+        if (lane == 31) before[tid / 32] = sum;
+        __syncthreads();
+        int at = n + sum - __popc(u);
+        for (int j = 0; j < 8; j++) n += before[j], at += j < tid / 32 ? before[j] : 0;
+        for (; u; u &= u - 1) p.s.list[at++] = (base + tid) * 32 + __ffs(u) - 1;
+        __syncthreads();
+    }
+    if (tid == 0) p.s.count[0] = n;
+    if (p.l.outlier_rule == 0)
+        for (int j = 0; j < n; j++) {
+            const int k = p.s.list[j]; /* written by this block, before a barrier */
+            for (int m = tid; m < M; m += 256) p.s.codes[(size_t)m * p.s.Kp + k] = 0;
+        }
+#endif
+}
+
+/* ---- what follows the product -------------------------------------------------------------------------------------*/
+
+constexpr float dequant8 = 6.200012e-05f;        /* 1 / 127^2 as bitsandbytes rounds it */
+constexpr float weight8 = 7.874015718698502e-3f; /* 1 / 127 */
+
+__device__ inline float scaled8(int sum, float sca, float scb, float bias) {
+    return fmaf(__fmul_rn(__fmul_rn((float)sum, sca), scb), dequant8, bias);
+}
+
+template <int N> __device__ inline void activate8(int act, float (&v)[N]) { /* one branch for all */
+    if (act == 1) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = fmaxf(v[i], 0.0f);
+    } else if (act == 2) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
+    } else if (act == 3) {
+#pragma unroll
+        for (int i = 0; i < N; i++)
+            v[i] = 0.5f * v[i] * (1.0f + tanhf(0.79788456f * (v[i] + 0.044715f * v[i] * v[i] * v[i])));
+    } else if (act == 4) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = v[i] / (1.0f + __expf(-v[i]));
+    }
+}
+
+/* ---- M <= 16 --------------------------------------------------------------------------------------------------------
+ * A panel is 16 rows of W. The warps of a block take the panel's chunks in turn, each through a ring of its own, and
+ * add their sums in shared memory. */
+
+enum {
+    skinny8_warps = 8,
+    skinny8_threads = skinny8_warps * 32,
+    skinny8_rows = 16,
+    skinny8_tile = skinny8_rows * linear8_chunk,
+    skinny8_own = 8,   /* times 8 numbers of x: what a thread quantizes where blocks do that themselves */
+    skinny8_pitch = 20 /* of sums: lanes that store 8 rows of 4 columns hit 32 banks */
+};
+
+struct Skinny8 {
+    CUtensorMap w[3];
+    Linear8 l;
+    Scratch8 s;
+    int first[4]; /* panel at which part i begins; [n_parts..3]: the number of panels */
+    int chunks, stages;
+    int quantize;                                             /* 1: M = 1, and each block quantizes x for itself */
+    int at_codes, at_mask, at_sum, at_out, at_small, at_bars; /* offsets in shared memory */
+    int shared;
+};
+
+template <int NT> /* 8 NT >= M */
+__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
+#ifdef BNB__HOPPER
+    extern __shared__ __align__(1024) uint8_t shared[];
+    constexpr int buffers = NT == 1 ? 2 : 1; /* of sums: with two, one barrier for each panel is enough */
+    const Linear8 &l = p.l;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, g = lane / 4, t = lane % 4, M = l.M;
+    const int n_panels = p.first[3], n_words = p.chunks * 4;
+    const int pitch = p.chunks * linear8_chunk + 64; /* +64: rows of neighbouring lanes lie in different banks */
+    uint8_t *const ring = shared + warp * p.stages * skinny8_tile;
+    int8_t *const codes = (int8_t *)shared + p.at_codes;     /* [M, pitch] */
+    uint32_t *const mask = (uint32_t *)(shared + p.at_mask); /* [chunks, 4] bit k: an outlier column */
+    float *const absmax = (float *)(shared + p.at_small), *const maxima = absmax + 16; /* [16], [8] */
+    uint64_t *const bars = (uint64_t *)(shared + p.at_bars) + warp * p.stages;
+
+    int load_panel = warp < p.chunks ? blockIdx.x : n_panels, load_chunk = warp;
+    const auto load = [&](int stage) {
+        if (load_panel >= n_panels) return;
+        if (lane == 0) {
+            const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
+            barrier_expect(bars + stage, skinny8_tile);
+            tensor_load(ring + stage * skinny8_tile, p.w + part, load_chunk * linear8_chunk,
+                        (load_panel - p.first[part]) * skinny8_rows, bars + stage);
+        }
+        load_chunk += skinny8_warps;
+        if (load_chunk >= p.chunks) load_chunk = warp, load_panel += gridDim.x;
+    };
+    if (lane == 0) {
+        for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
+        barrier_init_done();
+    }
+    __syncwarp();
+    for (int i = 0; i < p.stages; i++) load(i); /* weights do not depend on the launch before */
+    for (int i = tid; i < n_words; i += skinny8_threads) mask[i] = 0;
+    __syncthreads();
+    grid_launch_dependents();
+    grid_wait();
+
+    bool any = false;
+    if (p.quantize) {
+        const __half2 limit = limit8(l.threshold);
+        uint4 x[skinny8_own];
+        int at[skinny8_own];
+        float top = 0;
+#pragma unroll
+        for (int i = 0; i < skinny8_own; i++) at[i] = min((i * skinny8_threads + tid) * 8, l.K - 8);
+        x_load8(l, 0, at, x);
+#pragma unroll
+        for (int i = 0; i < skinny8_own; i++) {
+            float top_i;
+            const uint32_t outliers = ordinary8(x[i], l.threshold, limit, &top_i);
+            top = fmaxf(top, top_i);
+            if (outliers) atomicOr(mask + at[i] / 32, outliers << at[i] % 32), any = true;
+        }
+        top = block_max8(top, maxima);
+        if (tid == 0) absmax[0] = top;
+        const float scale = quant_scale8(top);
+#pragma unroll
+        for (int i = 0; i < skinny8_own; i++) {
+            const int k = (i * skinny8_threads + tid) * 8;
+            if (k < p.chunks * linear8_chunk) *(uint64_t *)(codes + k) = k < l.K ? quantize8(x[i], scale) : 0;
+        }
+    } else {
+        const uint32_t *const rows = (const uint32_t *)p.s.mask; /* [M, n_words] */
+#pragma unroll 4
+        for (int i = tid; i < M * n_words; i += skinny8_threads) {
+            const uint32_t u = rows[i];
+            if (u) atomicOr(mask + i % n_words, u), any = true;
+        }
+#pragma unroll 4
+        for (int i = tid; i < M * n_words * 2; i += skinny8_threads)
+            *(uint4 *)(codes + i / (n_words * 2) * pitch + i % (n_words * 2) * 16) = ((const uint4 *)p.s.codes)[i];
+        if (tid < M) absmax[tid] = p.s.sca[tid];
+    }
+    any = __syncthreads_or(any);
+    if (any && M > 1 && l.outlier_rule == 0) { /* codes of these columns go from every row */
+        for (int i = tid; i < n_words; i += skinny8_threads)
+            for (uint32_t u = mask[i]; u; u &= u - 1)
+                for (int m = 0; m < M; m++) codes[m * pitch + i * 32 + __ffs(u) - 1] = 0;
+        __syncthreads();
+    }
+
+    /* Row g of a tile, as the product numbers it, is row `row` of the panel: neighbours differ by 4, so that 8 lanes
+     * that read together hit 8 different swizzled units. Column order within a chunk is a matter of agreement, so each
+     * lane takes 16 bytes in a row: the first 8 are its part of one product, the last 8 of the next. */
+    const int row = g / 2 + g % 2 * 4, half = lane / 16;
+    int stage = 0, parity = 0, turn = 0;
+    for (int panel = blockIdx.x; panel < n_panels; panel += gridDim.x, turn++) {
+        const int part = (panel >= p.first[1]) + (panel >= p.first[2]);
+        const int e_out = (tid + 32 * turn) % skinny8_threads, m_out = e_out / 16; /* warps take turns in finishing */
+        const int n_out = (panel - p.first[part]) * skinny8_rows + e_out % 16;
+        const bool writes = m_out < M && n_out < l.part[part].N;
+        int *const sum =
+            (int *)(shared + p.at_sum) + turn % buffers * (skinny8_warps * M * skinny8_pitch); /* [warps, M, pitch] */
+        float *const out =
+            (float *)(shared + p.at_out) + turn % buffers * (skinny8_warps * M * 16); /* [warps, M, 16] outliers */
+        float scb = 0, bias = 0, residual = 0; /* loaded early: they arrive during the product */
+        if (writes) {
+            scb = l.part[part].scb[n_out];
+            if (l.part[part].bias) bias = l.part[part].bias[n_out];
+            if (l.residual) residual = l.residual[m_out * l.ldr + n_out];
+        }
+        int acc[NT][4] = {};
+        float extra[4 * NT] = {}; /* row lane % 16 of the panel; x row half + 2 e */
+        for (int c = warp; c < p.chunks; c += skinny8_warps) {
+            const uint4 bits = *(const uint4 *)(mask + 4 * c);
+            barrier_wait(bars + stage, parity);
+            const uint8_t *w = ring + stage * skinny8_tile;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint8_t *at = w + row * 128 + (((h * 4 + t) ^ row) & 7) * 16;
+                const uint4 a = *(const uint4 *)at, b = *(const uint4 *)(at + 8 * 128);
+#pragma unroll
+                for (int j = 0; j < NT; j++) {
+                    const uint4 v =
+                        *(const uint4 *)(codes + min(8 * j + g, M - 1) * pitch + c * linear8_chunk + h * 64 + t * 16);
+                    mma_s8(acc[j], a.x, b.x, a.y, b.y, v.x, v.y);
+                    mma_s8(acc[j], a.z, b.z, a.w, b.w, v.z, v.w);
+                }
+            }
+            if (bits.x | bits.y | bits.z | bits.w) {
+#pragma unroll 1
+                for (int i = 0; i < 4; i++)
+#pragma unroll 1
+                    for (uint32_t u = i == 0 ? bits.x : i == 1 ? bits.y : i == 2 ? bits.z : bits.w; u; u &= u - 1) {
+                        const int k = i * 32 + __ffs(u) - 1, r = lane % 16;
+                        int rows[4 * NT], columns[4 * NT];
+                        float x[4 * NT];
+#pragma unroll
+                        for (int e = 0; e < 4 * NT; e++)
+                            rows[e] = min(half + 2 * e, M - 1), columns[e] = c * linear8_chunk + k;
+                        x_outliers8(l, rows, columns,
+                                    x); /* near: the first panel brings it into the first-level cache */
+                        const float q = (float)(int8_t)w[r * 128 + (((k / 16) ^ r) & 7) * 16 + k % 16];
+#pragma unroll
+                        for (int e = 0; e < 4 * NT; e++) extra[e] = fmaf(x[e], q, extra[e]);
+                    }
+            }
+            __syncwarp();
+            load(stage);
+            if (++stage == p.stages) stage = 0, parity ^= 1;
+        }
+
+        if (buffers == 1) __syncthreads(); /* the sums of the panel before have been read */
+#pragma unroll
+        for (int j = 0; j < NT; j++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int m = 8 * j + 2 * t + i;
+                if (m >= M) continue;
+                int *at = sum + (warp * M + m) * skinny8_pitch + row;
+                at[0] = acc[j][i], at[8] = acc[j][2 + i];
+            }
+        if (any) {
+#pragma unroll
+            for (int e = 0; e < 4 * NT; e++)
+                if (half + 2 * e < M) out[(warp * M + half + 2 * e) * 16 + lane % 16] = extra[e];
+        }
+        __syncthreads();
+        if (!writes) continue;
+        int total = 0;
+        float more = 0;
+#pragma unroll
+        for (int i = 0; i < skinny8_warps; i++) total += sum[(i * M + m_out) * skinny8_pitch + e_out % 16];
+        if (any) {
+#pragma unroll
+            for (int i = 0; i < skinny8_warps; i++) more += out[(i * M + m_out) * 16 + e_out % 16];
+        }
+        float v[1] = {scaled8(total, absmax[m_out], scb, bias) + more * (scb * weight8)};
+        activate8(l.act, v);
+        v[0] += residual;
+        const long at = m_out * l.part[part].ldy + n_out;
+        if (l.y_f32) ((float *)l.part[part].y)[at] = v[0];
+        else ((__half *)l.part[part].y)[at] = __float2half_rn(v[0]);
+    }
+#endif
+}
+
+enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* of a multiprocessor; of one block */
+
+/* False: beside rings of `stages` there is no room for x in two blocks on a multiprocessor. */
+bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages) {
+    const int buffers = l.M > 8 ? 1 : 2;
+    p->l = l, p->s = scratch8(l), p->chunks = p->s.Kp / linear8_chunk, p->stages = stages;
+    p->quantize = l.M == 1 && l.K <= skinny8_threads * skinny8_own * 8;
+    int64_t at = skinny8_warps * stages * skinny8_tile;
+    const auto take = [&](int64_t bytes) { return (int)((at += (bytes + 15) & ~15) - ((bytes + 15) & ~15)); };
+    p->at_codes = take((int64_t)l.M * (p->s.Kp + 64));
+    p->at_mask = take(p->chunks * 16);
+    p->at_sum = take(buffers * skinny8_warps * l.M * skinny8_pitch * 4);
+    p->at_out = take(buffers * skinny8_warps * l.M * 16 * 4);
+    p->at_small = take((16 + 8) * 4);
+    p->at_bars = take(skinny8_warps * stages * 8);
+    /* Never so little that three blocks fit: with programmatic launches the next grid would fill the room unevenly. */
+    p->shared = (int)(at < shared_total / 3 ? shared_total / 3 : at);
+    return at <= shared_total / 2 - 1024; /* 1024: the system's part */
+}
+
+/* False: x is too large; the tiles of linear8_gemm read it in pieces. */
+bool skinny8_plan(Skinny8 *p, const Linear8 &l) {
+    return skinny8_layout(p, l, 4) || skinny8_layout(p, l, 3) || skinny8_layout(p, l, 2);
+}
+
+cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
+    const Linear8 &l = p->l;
+    p->first[0] = 0;
+    for (int i = 0; i < 3; i++)
+        p->first[i + 1] = p->first[i] + (i < l.n_parts ? (l.part[i].N + skinny8_rows - 1) / skinny8_rows : 0);
+    for (int i = 0; i < l.n_parts; i++) {
+        const cudaError_t e = tensor_map(p->w + i, 1, l.part[i].w, l.K, l.part[i].N, l.K, skinny8_rows);
+        if (e) return e;
+    }
+    const int slots = 2 * multiprocessors(), n = p->first[3] < slots ? p->first[3] : slots;
+    return launch(l.M > 8 ? linear8_skinny<2> : linear8_skinny<1>, *p, dim3(n), skinny8_threads, p->shared, 1, pdl,
+                  stream);
+}
+
+/* ---- M > 16 ---------------------------------------------------------------------------------------------------------
+ * A tile of y is WG * 64 x BN. One warp keeps a ring of chunks of x and W full; three warps fetch what the tile's
+ * columns need (SCB, bias, the weights in the first outlier columns); WG warpgroups multiply, 64 rows each. Where there
+ * are too few tiles for the chip, a cluster divides K and every block finishes a part of the columns. */
+
+enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns kept in shared memory; floats for one warp */
+
+template <int WG, int BN> struct Gemm8Shape {
+    static constexpr int a_bytes = WG * 64 * linear8_chunk, b_bytes = BN * linear8_chunk,
+                         stage_bytes = a_bytes + b_bytes;
+    static constexpr int staging_bytes = WG * 4 * gemm8_staging * 4,
+                         side_bytes = BN * 8 + BN * gemm8_near + WG * 64 * gemm8_near * 4;
+    static constexpr int stages = (shared_limit - staging_bytes - side_bytes - 512) / stage_bytes;
+    static constexpr int shared = stages * stage_bytes + staging_bytes + side_bytes + 512;
+};
+
+struct Gemm8 {
+    CUtensorMap x, w[3];
+    Linear8 l;
+    Scratch8 s;
+    int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
+    int m_tiles, chunks, slice, cluster;
+    int outliers; /* 1: list and count are valid */
+};
+
+template <int WG, int BN>
+__global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_constant__ Gemm8 p) {
+#ifdef BNB__HOPPER
+    using S = Gemm8Shape<WG, BN>;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    constexpr int regs = BN / 2; /* accumulators of a thread: [BN / 8][2 rows, 2 columns each] */
+    float *const staging = (float *)(shared + S::stages * S::stage_bytes); /* [WG * 4 warps][16, 40] */
+    float *const scb = (float *)((uint8_t *)staging + S::staging_bytes);   /* [BN] */
+    float *const bias = scb + BN;                                          /* [BN] */
+    float *const near_x = bias + BN;                                       /* [WG * 64, near] x in outlier columns */
+    uint8_t *const near_w = (uint8_t *)(near_x + WG * 64 * gemm8_near);    /* [BN, near] W in outlier columns */
+    uint64_t *const full = (uint64_t *)(near_w + BN * gemm8_near);         /* [stages] */
+    uint64_t *const empty = full + S::stages;                              /* [stages] */
+    uint64_t *const side_full = empty + S::stages, *const side_empty = side_full + 1;
+    const Linear8 &l = p.l;
+    const int tid = threadIdx.x, lane = tid % 32;
+    const int rank = p.cluster > 1 ? cluster_rank() : 0;
+    const int c0 = rank * p.slice, nc = min(p.slice, p.chunks - c0);
+    const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / p.cluster, tile_step = gridDim.x / p.cluster;
+    const auto part_of = [&](int tile) { return (tile / p.m_tiles >= p.first[1]) + (tile / p.m_tiles >= p.first[2]); };
+    const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * BN; };
+
+    if (tid == 0) {
+        for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, WG * 4);
+        barrier_init(side_full, 96), barrier_init(side_empty, WG * 4);
+        barrier_init_done();
+    }
+    __syncthreads();
+    grid_launch_dependents();
+
+    if (tid < 128) {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        if (tid == 0) {
+            const auto load_w = [&](int tile, int c, int stage) {
+                const int part = part_of(tile);
+                tensor_load(shared + stage * S::stage_bytes + S::a_bytes, p.w + part, (c0 + c) * linear8_chunk,
+                            column_of(tile, part), full + stage);
+            };
+            /* Weights do not depend on the launch before: the first ring of them is asked for at once. */
+            const int early = min(S::stages, nc);
+            for (int c = 0; c < early; c++) barrier_expect(full + c, S::stage_bytes), load_w(tile0, c, c);
+            grid_wait();
+            int stage = 0, parity = 0, left = early;
+            for (int tile = tile0; tile < n_tiles; tile += tile_step)
+                for (int c = 0; c < nc; c++) {
+                    if (left > 0) {
+                        left--;
+                    } else {
+                        barrier_wait(empty + stage, parity ^ 1);
+                        barrier_expect(full + stage, S::stage_bytes);
+                        load_w(tile, c, stage);
+                    }
+                    tensor_load(shared + stage * S::stage_bytes, &p.x, (c0 + c) * linear8_chunk,
+                                tile % p.m_tiles * (WG * 64), full + stage);
+                    if (++stage == S::stages) stage = 0, parity ^= 1;
+                }
+        } else if (tid >= 32) {
+            grid_wait();
+            const int count = p.outliers ? p.s.count[0] : 0, r0 = (tid - 32) / 4,
+                      q = (tid - 32) % 4; /* columns 4 q..4 q + 3 */
+            int parity = 0, k[4] = {};
+            if (count > 0)
+#pragma unroll
+                for (int i = 0; i < 4; i++) k[i] = p.s.list[min(4 * q + i, count - 1)];
+            for (int tile = tile0; tile < n_tiles; tile += tile_step, parity ^= 1) {
+                const int part = part_of(tile), n0 = column_of(tile, part), N = l.part[part].N,
+                          m0 = tile % p.m_tiles * (WG * 64);
+                const int8_t *const w = (const int8_t *)l.part[part].w;
+                barrier_wait(side_empty, parity ^ 1);
+#pragma unroll 1
+                for (int i = tid - 32; i < BN; i += 96) {
+                    const int n = min(n0 + i, N - 1);
+                    scb[i] = l.part[part].scb[n];
+                    bias[i] = l.part[part].bias ? l.part[part].bias[n] : 0;
+                }
+                if (count > 0) {
+#pragma unroll 2
+                    for (int r = r0; r < BN; r += 24) {
+                        const int8_t *const at = w + (size_t)min(n0 + r, N - 1) * l.K;
+                        const uint32_t a = (uint8_t)at[k[0]], b = (uint8_t)at[k[1]], c = (uint8_t)at[k[2]],
+                                       d = (uint8_t)at[k[3]];
+                        ((uint32_t *)near_w)[r * 4 + q] = a | b << 8 | c << 16 | d << 24;
+                    }
+#pragma unroll 1
+                    for (int r = r0; r < WG * 64; r += 24) {
+                        const int m = min(m0 + r, l.M - 1), rows[4] = {m, m, m, m};
+                        float v[4];
+                        x_outliers8(l, rows, k, v);
+#pragma unroll
+                        for (int i = 0; i < 4; i++) near_x[r * gemm8_near + 4 * q + i] = 4 * q + i < count ? v[i] : 0;
+                    }
+                }
+                barrier_arrive(side_full);
+            }
+        }
+        return;
+    }
+
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 1 ? 240 : 232));
+    grid_wait();
+    const int wg = tid / 128 - 1, warp = tid / 32 - 4, g = lane / 4, t = lane % 4;
+    const int count = p.outliers ? p.s.count[0] : 0;
+    int stage = 0, parity = 0, side_parity = 0;
+    for (int tile = tile0; tile < n_tiles; tile += tile_step, side_parity ^= 1) {
+        const int part = part_of(tile), n0 = column_of(tile, part), N = l.part[part].N;
+        const int m0 = tile % p.m_tiles * (WG * 64) + warp * 16;
+        float sca[2];
+        for (int i = 0; i < 2; i++) sca[i] = m0 + g + 8 * i < l.M ? p.s.sca[m0 + g + 8 * i] : 0;
+
+        int acc[regs], before = 0;
+        for (int c = 0; c < nc; c++) {
+            const uint8_t *a = shared + stage * S::stage_bytes + wg * 64 * linear8_chunk;
+            const uint8_t *b = shared + stage * S::stage_bytes + S::a_bytes;
+            barrier_wait(full + stage, parity);
+            const uint64_t da = descriptor(a, 0), db = descriptor(b, 0);
+            wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < 4; i++) wgmma_s8(acc, da + 2 * i, db + 2 * i, c > 0 || i > 0);
+            wgmma_commit();
+            wgmma_wait<1>(); /* the chunk before */
+            if (c > 0 && lane == 0) barrier_arrive(empty + before);
+            before = stage;
+            if (++stage == S::stages) stage = 0, parity ^= 1;
+        }
+        wgmma_wait<0>();
+        if (lane == 0) barrier_arrive(empty + before);
+
+        const int n_groups = BN / 32, mine = n_groups / p.cluster; /* groups of 32 columns that this block finishes */
+        if (p.cluster > 1) {
+            /* A cluster has one tile, its rings are done: each block sends the others their columns' sums.
+             * [rank][16 * mine][WG * 128] */
+            int *const sums = (int *)shared + tid - 128;
+            cluster_sync();
+#pragma unroll
+            for (int i = 0; i < n_groups; i++)
+                if (i / mine != rank) {
+                    int *const to = cluster_peer(sums, i / mine) + (rank * mine + i % mine) * 16 * (WG * 128);
+#pragma unroll
+                    for (int j = 0; j < 16; j++) to[j * (WG * 128)] = acc[16 * i + j];
+                }
+            cluster_sync();
+            for (int r = 1; r < p.cluster; r++) {
+                const int *const from = sums + (rank ^ r) * mine * 16 * (WG * 128);
+#pragma unroll
+                for (int i = 0; i < n_groups; i++)
+                    if (i / mine == rank) {
+#pragma unroll
+                        for (int j = 0; j < 16; j++) acc[16 * i + j] += from[(i % mine * 16 + j) * (WG * 128)];
+                    }
+            }
+        }
+
+        barrier_wait(side_full, side_parity);
+        float *const tile_out = staging + warp * gemm8_staging;
+        const long ldy = l.part[part].ldy;
+        void *const y = l.part[part].y;
+        const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
+        const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
+        /* 32 columns at a time. The loop is not unrolled: its code would be larger than the instruction cache. */
+#pragma unroll 1
+        for (int group = rank * mine; group < (rank + 1) * mine; group++) {
+            int part_acc[16]; /* acc[16 * group..], by comparison: registers have no index at run time */
+#pragma unroll
+            for (int i = 0; i < n_groups; i++)
+                if (i == group) {
+#pragma unroll
+                    for (int j = 0; j < 16; j++) part_acc[j] = acc[16 * i + j];
+                }
+            float v[16];
+#pragma unroll
+            for (int i = 0; i < 16; i++) {
+                const int n = 32 * group + 8 * (i / 4) + 2 * t + i % 2;
+                v[i] = scaled8(part_acc[i], sca[i / 2 % 2], scb[n], bias[n]);
+            }
+            /* Outliers: x in tf32, in two parts where f32 needs them; int8 weights are exact. Lane t has columns
+             * 4 t..4 t + 3 of 16 on both sides, in place of the instruction's own order. */
+#pragma unroll 1
+            for (int j0 = 0; j0 < count; j0 += gemm8_near) {
+                float x[8];
+                uint32_t w[4], high[8], low[8]; /* x: [column][row g, g + 8] */
+                if (j0 == 0) {
+                    const float4 a = *(const float4 *)(near_x + (warp * 16 + g) * gemm8_near + 4 * t);
+                    const float4 b = *(const float4 *)(near_x + (warp * 16 + g + 8) * gemm8_near + 4 * t);
+                    x[0] = a.x, x[1] = b.x, x[2] = a.y, x[3] = b.y, x[4] = a.z, x[5] = b.z, x[6] = a.w, x[7] = b.w;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) w[j] = ((const uint32_t *)near_w)[(32 * group + 8 * j + g) * 4 + t];
+                } else { /* rare: more outlier columns than are kept near */
+                    const int8_t *const from = (const int8_t *)l.part[part].w;
+                    int rows[8], k[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) {
+                        rows[i] = min(m0 + g + i % 2 * 8, l.M - 1);
+                        k[i] = p.s.list[min(j0 + 4 * t + i / 2, count - 1)];
+                    }
+                    x_outliers8(l, rows, k, x);
+#pragma unroll
+                    for (int i = 0; i < 8; i++)
+                        if (j0 + 4 * t + i / 2 >= count) x[i] = 0;
+#pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        const int8_t *const at = from + (size_t)min(n0 + 32 * group + 8 * j + g, N - 1) * l.K;
+                        w[j] = (uint32_t)(uint8_t)at[k[0]] | (uint32_t)(uint8_t)at[k[2]] << 8 |
+                               (uint32_t)(uint8_t)at[k[4]] << 16 | (uint32_t)(uint8_t)at[k[6]] << 24;
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < 8; i++) {
+                    high[i] = __float_as_uint(x[i]) & 0xffffe000;
+                    low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
+                }
+#pragma unroll
+                for (int j = 0; j < 4; j++) {
+                    const int n = 32 * group + 8 * j;
+                    uint32_t b[4];
+                    float more[4] = {};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
+                    mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
+                    mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
+                    if (l.x_f32) {
+                        mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
+                        mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        v[4 * j + i] = fmaf(more[i], scb[n + 2 * t + i % 2] * weight8, v[4 * j + i]);
+                }
+            }
+            activate8(l.act, v);
+            /* Through shared memory, so that lanes hold 4 neighbours and warps write whole lines. */
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                *(float2 *)(tile_out + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) =
+                    make_float2(v[2 * i], v[2 * i + 1]);
+            __syncwarp();
+#pragma unroll 2
+            for (int i = 0; i < 4; i++) {
+                const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + 32 * group + c;
+                if (m >= l.M || n >= N) continue;
+                float4 f = *(const float4 *)(tile_out + r * 40 + c), e = {};
+                float *u = (float *)&f, *add = (float *)&e;
+                const float *from = l.residual + m * l.ldr + n;
+                if (l.residual && r_vec && n + 4 <= N) {
+                    e = *(const float4 *)from;
+                } else if (l.residual) {
+#pragma unroll
+                    for (int q = 0; q < 4; q++)
+                        if (n + q < N) add[q] = from[q];
+                }
+#pragma unroll
+                for (int q = 0; q < 4; q++) u[q] += add[q];
+                float *to = (float *)y + m * ldy + n;
+                __half *to_half = (__half *)y + m * ldy + n;
+                if (y_vec && n + 4 <= N) {
+                    const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
+                    if (l.y_f32) *(float4 *)to = f;
+                    else *(uint2 *)to_half = *(const uint2 *)h;
+                } else {
+#pragma unroll
+                    for (int q = 0; q < 4; q++) {
+                        if (n + q >= N) continue;
+                        if (l.y_f32) to[q] = u[q];
+                        else to_half[q] = __float2half_rn(u[q]);
+                    }
+                }
+            }
+            __syncwarp();
+        }
+        if (lane == 0) barrier_arrive(side_empty);
+    }
+#endif
+}
+
+template <int WG, int BN>
+cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int cluster, bool pdl) {
+    Gemm8 p;
+    p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk, p.cluster = cluster;
+    p.slice = (p.chunks + cluster - 1) / cluster;
+    p.m_tiles = (l.M + WG * 64 - 1) / (WG * 64);
+    p.outliers = l.threshold > 0;
+    cudaError_t e = tensor_map(&p.x, 1, p.s.codes, p.s.Kp, l.M, p.s.Kp, WG * 64);
+    for (int i = 0; !e && i < l.n_parts; i++) e = tensor_map(p.w + i, 1, l.part[i].w, l.K, l.part[i].N, l.K, BN);
+    if (e) return e;
+    p.first[0] = 0;
+    for (int i = 0; i < 3; i++) p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + BN - 1) / BN : 0);
+    const int tiles = p.m_tiles * p.first[3], slots = multiprocessors();
+    const int n = cluster > 1 ? tiles : tiles < slots ? tiles : slots;
+    return launch(linear8_gemm<WG, BN>, p, dim3(n * cluster), (WG + 1) * 128, Gemm8Shape<WG, BN>::shared, cluster, pdl,
+                  stream);
+}
+
+int tiles8(const Linear8 &l, int bm, int bn) {
+    int n = 0;
+    for (int i = 0; i < l.n_parts; i++) n += (l.part[i].N + bn - 1) / bn;
+    return n * ((l.M + bm - 1) / bm);
+}
+
+cudaError_t linear8_init(int device) { /* the current one */
+    int major = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!e && major != 9) e = cudaErrorNoKernelImageForDevice; /* sm_90a code runs on nothing else */
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(linear8_skinny<1>, shared_limit), allow(linear8_skinny<2>, shared_limit);
+    allow(linear8_gemm<1, 128>, Gemm8Shape<1, 128>::shared);
+    allow(linear8_gemm<2, 128>, Gemm8Shape<2, 128>::shared);
+    allow(linear8_gemm<2, 256>, Gemm8Shape<2, 256>::shared);
+    return e;
+}
+
+cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    const Quantize8 q = {l, scratch8(l)};
+    cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
+    if (!e && l.threshold > 0)
+        e = launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0,
+                   1, pdl, stream);
+    if (e) return e;
+
+    const int slots = multiprocessors(), bm = l.M <= 64 ? 64 : 128, narrow = tiles8(l, bm, 128);
+    int cluster = 1;
+    while (cluster < 4 && narrow * cluster * 2 <= slots && q.s.Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
+    if (bm == 64) return linear8_gemm_launch<1, 128>(stream, l, cluster, pdl);
+    /* A wide tile costs about 1.8 narrow ones. */
+    const int wide_waves = (tiles8(l, bm, 256) + slots - 1) / slots, narrow_waves = (narrow + slots - 1) / slots;
+    if (cluster > 1 || narrow_waves * 10 < wide_waves * 18) return linear8_gemm_launch<2, 128>(stream, l, cluster, pdl);
+    return linear8_gemm_launch<2, 256>(stream, l, 1, pdl);
+}
+
+cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    Skinny8 p;
+    if (l.M > 16 || !skinny8_plan(&p, l)) return linear8_large(stream, l, pdl);
+    if (!p.quantize) {
+        const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
+        if (e) return e;
+    }
+    return linear8_skinny_launch(stream, &p, pdl);
+}
+
+/* Attention over an f16 cache on Hopper: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
+ * row t's span. Spans are data: no launch depends on them, and blocks that have nothing to do leave.
+ *
+ *   T <= 16   attention_decode: a cluster of blocks for each row and head divides the row's span; no block waits for
+ *             another launch or for memory that an earlier one left behind.
+ *   T > 16    attention_prompt: 128 rows of one head; products by wgmma, K and V by the tensor copy engine. It reads
+ *             whole tiles of 128 cache rows: those between the first and the last row that its 128 rows see must
+ *             hold finite numbers, also where no span covers them.
+ *
+ * Sums have a fixed order: the same bits in every run. */
+
+struct Attention {
+    int T, n_head, n_head_kv, D; /* D: head size */
+    const void *q;               /* [T, n_head * D], rows ldq elements apart */
+    long ldq;
+    int q_f32;         /* else f16 */
+    const void *k, *v; /* f16 [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
+    long ldkv;
+    int kv_f32; /* 1 does not fit */
+    int R;
+    const int *span; /* [T, 2] on the device, 8-byte aligned: 0 <= first <= end <= R; equal: zeros */
+    float scale;
+    void *y; /* [T, n_head * D], rows ldy elements apart */
+    long ldy;
+    int y_f32;     /* else f16 */
+    void *scratch; /* not used */
+};
+
+bool attention_fits(const Attention &a) {
+    return !a.kv_f32 && a.D % 8 == 0 && a.D > 0 && a.D <= 256 && a.ldkv % 8 == 0 && a.n_head % a.n_head_kv == 0 &&
+           (((uintptr_t)a.k | (uintptr_t)a.v) & 15) == 0;
+}
+
+size_t attention_scratch(const Attention &) { return 0; }
+
+/* q[t, column..column + 7] */
+__device__ inline void attention_q8(const Attention &a, int t, int column, float (&v)[8]) {
+    const char *const p = (const char *)a.q + (t * a.ldq + column) * (a.q_f32 ? 4 : 2);
+    if ((uintptr_t)p & 15) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) v[i] = a.q_f32 ? ((const float *)p)[i] : __half2float(((const __half *)p)[i]);
+    } else if (a.q_f32) {
+        *(float4 *)v = *(const float4 *)p, *(float4 *)(v + 4) = *(const float4 *)(p + 16);
+    } else {
+        const uint4 packed = *(const uint4 *)p;
+        const __half2 *h = (const __half2 *)&packed;
+#pragma unroll
+        for (int i = 0; i < 4; i++) *(float2 *)(v + 2 * i) = __half22float2(h[i]);
+    }
+}
+
+__device__ inline float exp2_fast(float x) { /* 0 for results below the normal numbers */
+    float r;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
+
+__device__ inline void attention_store(const Attention &a, int t, int column, float v) {
+    if (a.y_f32) ((float *)a.y)[t * a.ldy + column] = v;
+    else ((__half *)a.y)[t * a.ldy + column] = __float2half_rn(v);
+}
+
+/* ---- decode ---------------------------------------------------------------------------------------------------------
+ * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D); G heads share it. Each group of lanes takes cache rows
+ * of its own and keeps its own maximum, sum and weighted values; they are joined in the end: lanes of a warp, warps of
+ * a block, blocks of the cluster. */
+
+enum { decode_warps = 8, decode_rows = 4, decode_cluster = 8 }; /* rows: what a group of lanes loads at a time */
+
+constexpr float no_score = -1e30f; /* less than any score; its differences are finite */
+
+template <int LANES, int G>
+__global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
+#ifdef BNB__HOPPER
+    constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * decode_rows;
+    __shared__ float warp_acc[decode_warps][G][width], warp_top[decode_warps][G], warp_sum[decode_warps][G];
+    __shared__ float block_acc[decode_cluster][G][width], block_top[decode_cluster][G],
+        block_sum[decode_cluster][G]; /* rank 0's */
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / LANES, d = lane % LANES * 8;
+    const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
+    if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
+    grid_wait();
+    const int first = a.span[2 * t], end = a.span[2 * t + 1];
+    /* Short spans are the first blocks' alone. */
+    const int used = min(n_ranks, (end - first + decode_warps * step - 1) / (decode_warps * step));
+    if (rank >= max(used, 1) || used == 0) {
+        if (n_ranks > 1) cluster_wait(); /* who leaves between arrival and completion might be counted twice */
+        if (rank > 0) return;
+        for (int i = tid; i < G * a.D; i += decode_warps * 32) attention_store(a, t, head * a.D + i, 0);
+        return;
+    }
+
+    const long column = (long)(head / (a.n_head / a.n_head_kv)) * a.D + d;
+    const __half *const keys = (const __half *)a.k + column, *const values = (const __half *)a.v + column;
+    const bool active = d < a.D;
+    const float scale = a.scale * 1.44269504f; /* for exp2 */
+    float q[G][8], acc[G][8] = {}, top[G], sum[G] = {};
+#pragma unroll
+    for (int h = 0; h < G; h++) {
+        top[h] = no_score;
+#pragma unroll
+        for (int i = 0; i < 8; i++) q[h][i] = 0;
+        if (active) attention_q8(a, t, (head + h) * a.D + d, q[h]);
+    }
+    const int stride = used * decode_warps * step;
+    uint4 k[decode_rows], v[decode_rows], k_next[decode_rows], v_next[decode_rows];
+    const auto load = [&](int r0, uint4(&to_k)[decode_rows], uint4(&to_v)[decode_rows]) {
+#pragma unroll
+        for (int u = 0; u < decode_rows; u++) {
+            const int r = r0 + u * groups + group;
+            const bool ok = active && r < end;
+            to_k[u] = ok ? __ldg((const uint4 *)(keys + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
+            to_v[u] = ok ? __ldg((const uint4 *)(values + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    int r0 = first + (rank * decode_warps + warp) * step;
+    load(r0, k, v);
+    for (; r0 < end; r0 += stride) {
+        load(r0 + stride, k_next, v_next); /* in flight while these rows are worked on */
+#pragma unroll
+        for (int h = 0; h < G; h++) {
+            float s[decode_rows], next = top[h];
+#pragma unroll
+            for (int u = 0; u < decode_rows; u++) {
+                const __half2 *x = (const __half2 *)&k[u];
+                s[u] = 0;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 f = __half22float2(x[i]);
+                    s[u] = fmaf(q[h][2 * i], f.x, s[u]);
+                    s[u] = fmaf(q[h][2 * i + 1], f.y, s[u]);
+                }
+            }
+#pragma unroll
+            for (int i = LANES / 2; i; i /= 2)
+#pragma unroll
+                for (int u = 0; u < decode_rows; u++) s[u] += __shfl_xor_sync(~0u, s[u], i);
+#pragma unroll
+            for (int u = 0; u < decode_rows; u++) {
+                s[u] = r0 + u * groups + group < end ? s[u] * scale : -INFINITY;
+                next = fmaxf(next, s[u]);
+            }
+            const float keep = exp2_fast(top[h] - next);
+            top[h] = next, sum[h] *= keep;
+#pragma unroll
+            for (int i = 0; i < 8; i++) acc[h][i] *= keep;
+#pragma unroll
+            for (int u = 0; u < decode_rows; u++) {
+                const float p = exp2_fast(s[u] - next);
+                const __half2 *x = (const __half2 *)&v[u];
+                sum[h] += p;
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float2 f = __half22float2(x[i]);
+                    acc[h][2 * i] = fmaf(p, f.x, acc[h][2 * i]);
+                    acc[h][2 * i + 1] = fmaf(p, f.y, acc[h][2 * i + 1]);
+                }
+            }
+        }
+#pragma unroll
+        for (int u = 0; u < decode_rows; u++) k[u] = k_next[u], v[u] = v_next[u];
+    }
+    grid_launch_dependents(); /* not earlier: blocks of the next launch would take turns with these */
+#pragma unroll
+    for (int h = 0; h < G; h++) {
+#pragma unroll
+        for (int m = LANES; m < 32; m *= 2) {
+            const float other = __shfl_xor_sync(~0u, top[h], m), next = fmaxf(top[h], other),
+                        keep = exp2_fast(top[h] - next);
+            top[h] = next;
+            sum[h] *= keep, sum[h] += __shfl_xor_sync(~0u, sum[h], m);
+#pragma unroll
+            for (int i = 0; i < 8; i++) acc[h][i] *= keep, acc[h][i] += __shfl_xor_sync(~0u, acc[h][i], m);
+        }
+        if (group == 0)
+#pragma unroll
+            for (int i = 0; i < 8; i++) warp_acc[warp][h][d + i] = acc[h][i];
+        if (lane == 0) warp_top[warp][h] = top[h], warp_sum[warp][h] = sum[h];
+    }
+    __syncthreads();
+    if (n_ranks > 1) cluster_wait();
+    for (int e = tid; e < G * width; e += decode_warps * 32) {
+        const int h = e / width, i = e % width;
+        float next = no_score, total = 0, out = 0;
+#pragma unroll
+        for (int w = 0; w < decode_warps; w++) next = fmaxf(next, warp_top[w][h]);
+#pragma unroll
+        for (int w = 0; w < decode_warps; w++) {
+            const float keep = exp2_fast(warp_top[w][h] - next);
+            total += keep * warp_sum[w][h], out += keep * warp_acc[w][h][i];
+        }
+        if (used == 1) {
+            if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
+        } else {
+            *cluster_peer(&block_acc[rank][h][i], 0) = out;
+            if (i == 0) *cluster_peer(&block_top[rank][h], 0) = next, *cluster_peer(&block_sum[rank][h], 0) = total;
+        }
+    }
+    if (used == 1) return;
+    cluster_sync();
+    if (rank > 0) return;
+    for (int e = tid; e < G * width; e += decode_warps * 32) {
+        const int h = e / width, i = e % width;
+        float next = no_score, total = 0, out = 0;
+        for (int r = 0; r < used; r++) next = fmaxf(next, block_top[r][h]);
+        for (int r = 0; r < used; r++) {
+            const float keep = exp2_fast(block_top[r][h] - next);
+            total += keep * block_sum[r][h], out += keep * block_acc[r][h][i];
+        }
+        if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
+    }
+#endif
+}
+
+template <int LANES>
+cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, bool pdl) {
+    const int shared_by = a.n_head / a.n_head_kv, G = shared_by % 4 == 0 && LANES < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
+    const int chunks = a.n_head / G, rows = decode_warps * decode_rows * (32 / LANES);
+    int cluster = 1; /* a block for each multiprocessor, at most one for each `rows` rows of cache */
+    while (cluster < decode_cluster && a.T * chunks * cluster * 2 <= multiprocessors() && cluster * rows < a.R)
+        cluster *= 2;
+    void (*kernel)(Attention) = G == 4 ? attention_decode < LANES, LANES < 32 ? 4 : 2 >
+        : G == 2                       ? attention_decode<LANES, 2>
+                                       : attention_decode<LANES, 1>;
+    return launch(kernel, a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
+}
+
+/* ---- prompt ---------------------------------------------------------------------------------------------------------
+ * One block on each multiprocessor works through tiles of 128 rows of one head. Two warpgroups take 64 rows each; while
+ * one turns the scores of a tile of the cache into weights, the tensor cores multiply: the scores of the next tile are
+ * asked for before the values of this one. One warp keeps K and V coming, three bring the next q in f16. */
+
+template <int DP> struct PromptShape {           /* DP: D rounded up to what is compiled */
+    static constexpr int atoms = (DP + 63) / 64; /* 64 columns of f16: the swizzle's width */
+    static constexpr int tile = DP > 128 ? 64 : 128, stages = 2, queries = DP > 128 ? 1 : 2;
+    static constexpr int q_bytes = 128 * 128 * atoms, kv_bytes = tile * 128 * atoms, span_bytes = 128 * 8;
+    static constexpr int shared = queries * (q_bytes + span_bytes) + 2 * stages * kv_bytes + 256;
+};
+
+struct Prompt {
+    CUtensorMap k, v;
+    Attention a;
+    int work; /* tiles of all heads */
+};
+
+/* The i-th tile of a block. Later rows usually see more: tiles are taken from the end, and every other round the other
+ * way, so that all blocks have about the same sum. */
+__device__ inline bool prompt_work(const Prompt &p, int i, int *head, int *t0) {
+    const int n = gridDim.x, w = i * n + (i % 2 ? n - 1 - (int)blockIdx.x : (int)blockIdx.x),
+              tiles = p.work / p.a.n_head;
+    *head = w % p.a.n_head, *t0 = (tiles - 1 - w / p.a.n_head) * 128;
+    return w < p.work;
+}
+
+/* What any of a tile's 128 rows sees, by a whole warp. */
+__device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
+    int lo = INT_MAX, hi = 0;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int2 s = spans[threadIdx.x % 32 + 32 * i];
+        if (s.x < s.y) lo = min(lo, s.x), hi = max(hi, s.y);
+    }
+    *first = __reduce_min_sync(~0u, lo), *end = __reduce_max_sync(~0u, hi);
+}
+
+template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(const __grid_constant__ Prompt p) {
+#ifdef BNB__HOPPER
+    using S = PromptShape<DP>;
+    constexpr int tile = S::tile, stages = S::stages, queries = S::queries;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    uint8_t *const kv = shared + queries * S::q_bytes; /* K [stages], V [stages], each [atoms][tile, 64] f16 */
+    int2 *const spans = (int2 *)(kv + 2 * stages * S::kv_bytes);                                  /* [queries][128] */
+    uint64_t *const full = (uint64_t *)(spans + queries * 128), *const empty = full + 2 * stages; /* [K, V][stages] */
+    uint64_t *const q_full = empty + 2 * stages, *const q_empty = q_full + queries;               /* [queries] */
+    const Attention &a = p.a;
+    const int tid = threadIdx.x, lane = tid % 32;
+    if (tid == 0) {
+        for (int i = 0; i < 2 * stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
+        for (int i = 0; i < queries; i++) barrier_init(q_full + i, 96), barrier_init(q_empty + i, 9);
+        barrier_init_done();
+    }
+    grid_launch_dependents();
+    grid_wait();
+    int head, t0, first, end;
+    /* Spans and q of the tile at t0, by `threads` threads of which this is the i-th. */
+    const bool aligned =
+        (((uintptr_t)a.q | (uintptr_t)(a.ldq * (a.q_f32 ? 4 : 2)) | (uintptr_t)(a.D * (a.q_f32 ? 4 : 2))) & 15) == 0;
+    const auto load_query = [&](int buffer, int i, int threads) {
+        constexpr int ahead = 4, units = 128 * (DP / 8);
+        uint8_t *const to = shared + buffer * S::q_bytes; /* [2][atoms][64, 64] f16 */
+        const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * (a.q_f32 ? 4 : 2);
+        for (int r = i; r < 128; r += threads)
+            spans[buffer * 128 + r] = t0 + r < a.T ? *(const int2 *)(a.span + 2 * (t0 + r)) : make_int2(0, 0);
+        for (int u0 = i; u0 < units; u0 += ahead * threads) {
+            uint4 x[ahead];
+            int at[ahead];
+#pragma unroll
+            for (int j = 0; j < ahead; j++) { /* rows beyond T repeat the last: their results are not stored */
+                const int u = min(u0 + j * threads, units - 1);
+                at[j] = min(u / (DP / 8), a.T - 1 - t0) * (int)a.ldq + min(u % (DP / 8) * 8, a.D - 8);
+            }
+            load_half8(from, a.q_f32, aligned, at, x);
+#pragma unroll
+            for (int j = 0; j < ahead; j++) {
+                const int u = u0 + j * threads, r = u / (DP / 8), c = u % (DP / 8);
+                if (u < units)
+                    *(uint4 *)(to + r / 64 * (S::q_bytes / 2) + c / 8 * (64 * 128) + r % 64 * 128 +
+                               ((c ^ r) & 7) * 16) = c * 8 < a.D ? x[j] : make_uint4(0, 0, 0, 0);
+            }
+        }
+        fence_async();
+    };
+    prompt_work(p, 0, &head, &t0);
+    load_query(0, tid, 384); /* the first by everybody: all wait for it */
+    __syncthreads();
+
+    if (tid < 32) { /* K and V */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        for (int i = 0, at = 0; prompt_work(p, i, &head, &t0); i++) {
+            const int buffer = i % queries, column = head / (a.n_head / a.n_head_kv) * a.D;
+            barrier_wait(q_full + buffer, i / queries & 1);
+            prompt_span(spans + buffer * 128, &first, &end);
+            if (lane == 0) {
+                barrier_arrive(q_empty + buffer);
+                for (int r = first; r < end; r += tile, at++)
+                    for (int which = 0; which < 2; which++) {
+                        const int slot = which * stages + at % stages;
+                        if (at >= stages) barrier_wait(empty + slot, (at / stages & 1) ^ 1);
+                        barrier_expect(full + slot, S::kv_bytes);
+                        for (int atom = 0; atom < S::atoms; atom++)
+                            tensor_load(kv + slot * S::kv_bytes + atom * tile * 128, which ? &p.v : &p.k,
+                                        column + atom * 64, r, full + slot);
+                    }
+            }
+            at = __shfl_sync(~0u, at, 0);
+        }
+        return;
+    }
+    if (tid < 128) { /* spans and q of the tiles that follow */
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        for (int i = 0; prompt_work(p, i, &head, &t0); i++) {
+            const int buffer = i % queries;
+            if (i >= queries) barrier_wait(q_empty + buffer, (i / queries & 1) ^ 1);
+            if (i > 0) load_query(buffer, tid - 32, 96);
+            barrier_arrive(q_full + buffer);
+        }
+        return;
+    }
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+    const int wg = tid / 128 - 1, warp = tid / 32 % 4, g = lane / 4, t = lane % 4;
+    const float scale = a.scale * 1.44269504f;            /* for exp2 */
+    int at = 0;                                           /* tiles of the cache before this tile of rows */
+    if (wg == 1) named_barrier_arrive(3, 256); /* the first warpgroup begins */
+    for (int w = 0; prompt_work(p, w, &head, &t0); w++) {
+        const int buffer = w % queries;
+        const uint8_t *const query = shared + buffer * S::q_bytes + wg * (S::q_bytes / 2); /* [atoms][64, 64] f16 */
+        barrier_wait(q_full + buffer, w / queries & 1);
+        prompt_span(spans + buffer * 128, &first, &end);
+        const int n = first < end ? (end - first + tile - 1) / tile : 0;
+        int from[2], to[2]; /* spans of this lane's rows, g and g + 8 of its warp's 16 */
+        for (int h = 0; h < 2; h++) {
+            const int r = wg * 64 + warp * 16 + g + 8 * h;
+            const int2 s = spans[buffer * 128 + r];
+            from[h] = t0 + r < a.T ? s.x : 0, to[h] = t0 + r < a.T ? s.y : INT_MAX;
+        }
+        const int latest = __reduce_max_sync(~0u, max(from[0], from[1])),
+                  earliest = __reduce_min_sync(~0u, min(to[0], to[1]));
+
+        float score[tile / 2], out[DP / 2] = {}, top[2] = {no_score, no_score}, sum[2] = {}, keep[2];
+        uint32_t weight[tile / 4]; /* f16 pairs: the left operand of the second product */
+
+        /* starts score = q k^T for tile i */
+        const auto scores = [&](int i) {
+            const int slot = (at + i) % stages;
+            barrier_wait(full + slot, (at + i) / stages & 1);
+            const uint64_t dq = descriptor(query, 0), dk = descriptor(kv + slot * S::kv_bytes, 0);
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < DP / 16; s++)
+                wgmma_ss(score, dq + (s / 4 * (64 * 128) + s % 4 * 32) / 16,
+                         dk + (s / 4 * (tile * 128) + s % 4 * 32) / 16, s > 0);
+            wgmma_commit();
+        };
+        /* starts out += weight v for tile i */
+        const auto values = [&](int i) {
+            const int slot = stages + (at + i) % stages;
+            uint8_t *const v = kv + slot * S::kv_bytes;
+            barrier_wait(full + slot, (at + i) / stages & 1);
+            const int valid = end - first - i * tile;
+            /* Rows that nobody sees may hold NaN, and 0 * NaN is NaN. Both warpgroups write zeros. */
+            if (valid < tile) {
+                for (int j = tid % 128; j < (tile - valid) * 8 * S::atoms; j += 128)
+                    *(uint4 *)(v + j / 8 % S::atoms * (tile * 128) + (valid + j / 8 / S::atoms) * 128 + j % 8 * 16) =
+                        make_uint4(0, 0, 0, 0);
+                fence_async();
+                named_barrier(1 + wg, 128);
+            }
+            const uint64_t dv = descriptor(v, tile * 128);
+            wgmma_fence();
+#pragma unroll
+            for (int s = 0; s < tile / 16; s++) wgmma_rs(out, weight + 4 * s, dv + s * (16 * 128) / 16, 1);
+            wgmma_commit();
+        };
+        /* score -> weights in f32; keep: what older sums are worth now */
+        const auto softmax = [&](int i) {
+            const int r0 = first + i * tile;
+            if (r0 < latest || r0 + tile > earliest) {
+#pragma unroll
+                for (int j = 0; j < tile / 2; j++) {
+                    const int r = r0 + j / 4 * 8 + 2 * t + j % 2, h = j / 2 % 2;
+                    if (r < from[h] || r >= to[h]) score[j] = -INFINITY;
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float next = no_score;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++)
+                    next = fmaxf(next, fmaxf(score[4 * j + 2 * h], score[4 * j + 2 * h + 1]));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 1));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
+                next = fmaxf(next * scale, top[h]);
+                keep[h] = exp2_fast(top[h] - next);
+                top[h] = next;
+                float s = 0;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float &x = score[4 * j + 2 * h + e];
+                        x = exp2_fast(fmaf(x, scale, -next));
+                        s += x;
+                    }
+                sum[h] = sum[h] * keep[h] + s; /* of this lane's columns */
+            }
+        };
+        const auto pack = [&] {
+#pragma unroll
+            for (int j = 0; j < tile / 4; j++) {
+                const __half2 h = __floats2half2_rn(score[2 * j], score[2 * j + 1]);
+                weight[j] = *(const uint32_t *)&h;
+            }
+        };
+        /* The warpgroups take turns in asking for products: one has the tensor cores while the other takes
+         * exponentials. */
+        const auto turn_begin = [&] {
+            named_barrier(3 + wg, 256);
+        };
+        const auto turn_end = [&] {
+            named_barrier_arrive(4 - wg, 256);
+        };
+        const auto release = [&](uint64_t *bar) {
+            if (lane == 0) barrier_arrive(bar);
+        };
+
+        if (n > 0) {
+            turn_begin();
+            scores(0);
+            turn_end();
+            wgmma_wait<0>();
+            release(empty + at % stages);
+            softmax(0);
+            pack();
+            for (int i = 1; i < n; i++) {
+                turn_begin();
+                scores(i);
+                values(i - 1);
+                turn_end();
+                wgmma_wait<1>();
+                release(empty + (at + i) % stages);
+                softmax(i);
+                wgmma_wait<0>();
+                release(empty + stages + (at + i - 1) % stages);
+#pragma unroll
+                for (int j = 0; j < DP / 2; j++) out[j] *= keep[j / 2 % 2];
+                pack();
+            }
+            release(q_empty + buffer);
+            values(n - 1);
+            wgmma_wait<0>();
+            release(empty + stages + (at + n - 1) % stages);
+            at += n;
+        } else {
+            release(q_empty + buffer);
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+            sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+            const int row = t0 + wg * 64 + warp * 16 + g + 8 * h;
+            const float inverse = sum[h] > 0 ? 1 / sum[h] : 0;
+            if (row >= a.T) continue;
+#pragma unroll
+            for (int j = 0; j < DP / 8; j++) {
+                const int c = 8 * j + 2 * t;
+                if (c >= a.D) continue;
+                const float x = out[4 * j + 2 * h] * inverse, z = out[4 * j + 2 * h + 1] * inverse;
+                const long to_y = row * a.ldy + head * a.D + c;
+                if (a.ldy % 2 || (uintptr_t)a.y % 8) {
+                    attention_store(a, row, head * a.D + c, x), attention_store(a, row, head * a.D + c + 1, z);
+                } else if (a.y_f32) {
+                    *(float2 *)((float *)a.y + to_y) = make_float2(x, z);
+                } else {
+                    *(__half2 *)((__half *)a.y + to_y) = __floats2half2_rn(x, z);
+                }
+            }
+        }
+    }
+#endif
+}
+
+template <int DP> cudaError_t attention_prompt_launch(cudaStream_t stream, const Attention &a, bool pdl) {
+    Prompt p;
+    p.a = a, p.work = a.n_head * ((a.T + 127) / 128);
+    const int slots = multiprocessors();
+    const int64_t columns = (int64_t)a.n_head_kv * a.D;
+    cudaError_t e = tensor_map(&p.k, 2, a.k, columns, a.R, a.ldkv * 2, PromptShape<DP>::tile);
+    if (!e) e = tensor_map(&p.v, 2, a.v, columns, a.R, a.ldkv * 2, PromptShape<DP>::tile);
+    if (e) return e;
+    return launch(attention_prompt<DP>, p, dim3(p.work < slots ? p.work : slots), 384, PromptShape<DP>::shared, 1, pdl,
+                  stream);
+}
+
+cudaError_t attention_init(int device) { /* the current one */
+    int major = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!e && major != 9) e = cudaErrorNoKernelImageForDevice; /* sm_90a code runs on nothing else */
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(attention_prompt<64>, PromptShape<64>::shared), allow(attention_prompt<80>, PromptShape<80>::shared);
+    allow(attention_prompt<96>, PromptShape<96>::shared), allow(attention_prompt<128>, PromptShape<128>::shared);
+    allow(attention_prompt<256>, PromptShape<256>::shared);
+    return e;
+}
+
+cudaError_t attention(cudaStream_t stream, const Attention &a, bool pdl) {
+    if (!attention_fits(a)) return cudaErrorInvalidValue;
+    if (a.T <= 16)
+        return a.D <= 64    ? attention_decode_launch<8>(stream, a, pdl)
+               : a.D <= 128 ? attention_decode_launch<16>(stream, a, pdl)
+                            : attention_decode_launch<32>(stream, a, pdl);
+    return a.D <= 64    ? attention_prompt_launch<64>(stream, a, pdl)
+           : a.D <= 80  ? attention_prompt_launch<80>(stream, a, pdl)
+           : a.D <= 96  ? attention_prompt_launch<96>(stream, a, pdl)
+           : a.D <= 128 ? attention_prompt_launch<128>(stream, a, pdl)
+                        : attention_prompt_launch<256>(stream, a, pdl);
+}
+
+} // namespace tile8
+
+/* ==== [DENSE] ===================================================================================================
+ * Products of many rows with dense f16 weights are cuBLASLt's, if the library is found when the program runs. Nothing is
+ * linked: a program without it has the plain kernel. */
+
+struct DenseLibrary {
+    void *file = nullptr;
+    cublasLtHandle_t handle = nullptr;
+    decltype(&cublasLtCreate) create = nullptr;
+    decltype(&cublasLtDestroy) destroy = nullptr;
+    decltype(&cublasLtMatmul) matmul = nullptr;
+    decltype(&cublasLtMatmulAlgoGetHeuristic) choose = nullptr;
+    decltype(&cublasLtMatmulDescCreate) desc_create = nullptr;
+    decltype(&cublasLtMatmulDescDestroy) desc_destroy = nullptr;
+    decltype(&cublasLtMatmulDescSetAttribute) desc_set = nullptr;
+    decltype(&cublasLtMatrixLayoutCreate) layout_create = nullptr;
+    decltype(&cublasLtMatrixLayoutDestroy) layout_destroy = nullptr;
+    decltype(&cublasLtMatmulPreferenceCreate) wish_create = nullptr;
+    decltype(&cublasLtMatmulPreferenceDestroy) wish_destroy = nullptr;
+    decltype(&cublasLtMatmulPreferenceSetAttribute) wish_set = nullptr;
+};
+constexpr uint64_t DENSE_WORKSPACE = 32 << 20;
+
+void dense_close(DenseLibrary &l) {
+    if (l.handle) (void)l.destroy(l.handle);
+    if (l.file) dlclose(l.file);
+    l = {};
+}
+
+// Not found is not an error: the struct stays empty.
+void dense_open(DenseLibrary &l) {
+    char name[32];
+    std::snprintf(name, sizeof name, "libcublasLt.so.%d", CUBLAS_VER_MAJOR);
+    l.file = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (!l.file) return;
+    bool all = true;
+    auto find = [&](auto &function, const char *symbol) {
+        function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(l.file, symbol));
+        all = all && function;
+    };
+    find(l.create, "cublasLtCreate");
+    find(l.destroy, "cublasLtDestroy");
+    find(l.matmul, "cublasLtMatmul");
+    find(l.choose, "cublasLtMatmulAlgoGetHeuristic");
+    find(l.desc_create, "cublasLtMatmulDescCreate");
+    find(l.desc_destroy, "cublasLtMatmulDescDestroy");
+    find(l.desc_set, "cublasLtMatmulDescSetAttribute");
+    find(l.layout_create, "cublasLtMatrixLayoutCreate");
+    find(l.layout_destroy, "cublasLtMatrixLayoutDestroy");
+    find(l.wish_create, "cublasLtMatmulPreferenceCreate");
+    find(l.wish_destroy, "cublasLtMatmulPreferenceDestroy");
+    find(l.wish_set, "cublasLtMatmulPreferenceSetAttribute");
+    if (!all || l.create(&l.handle) != CUBLAS_STATUS_SUCCESS) dense_close(l);
+}
+
+// y [M, N] f16 or f32 = x [M, K] f16 * w [N, K]^T f16 + residual (like y, may lie where y does; data NULL: none), sums in
+// f32. To the library, which counts columns first, that is y^T = w x^T.
+bool dense_product(const DenseLibrary &l, cudaStream_t stream, const Rows &x, const void *w, const Rows &residual, const Rows &y, int M, int N, int K,
+                   void *workspace) {
+    cublasLtMatmulDesc_t desc = nullptr;
+    cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr, d = nullptr;
+    cublasLtMatmulPreference_t wish = nullptr;
+    cublasLtMatmulHeuristicResult_t found = {};
+    const cublasOperation_t transposed = CUBLAS_OP_T;
+    const uint64_t bytes = DENSE_WORKSPACE;
+    const Rows &from = residual.data ? residual : y;
+    const float one = 1, keep = residual.data ? 1 : 0;
+    int n_found = 0;
+    bool ok = l.desc_create(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
+              l.desc_set(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed) == CUBLAS_STATUS_SUCCESS &&
+              l.layout_create(&a, CUDA_R_16F, static_cast<uint64_t>(K), static_cast<uint64_t>(N), K) == CUBLAS_STATUS_SUCCESS &&
+              l.layout_create(&b, CUDA_R_16F, static_cast<uint64_t>(K), static_cast<uint64_t>(M), x.ld) == CUBLAS_STATUS_SUCCESS &&
+              l.layout_create(&c, from.f16 ? CUDA_R_16F : CUDA_R_32F, static_cast<uint64_t>(N), static_cast<uint64_t>(M), from.ld) == CUBLAS_STATUS_SUCCESS &&
+              l.layout_create(&d, y.f16 ? CUDA_R_16F : CUDA_R_32F, static_cast<uint64_t>(N), static_cast<uint64_t>(M), y.ld) == CUBLAS_STATUS_SUCCESS &&
+              l.wish_create(&wish) == CUBLAS_STATUS_SUCCESS &&
+              l.wish_set(wish, CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &bytes, sizeof bytes) == CUBLAS_STATUS_SUCCESS &&
+              l.choose(l.handle, desc, a, b, c, d, wish, 1, &found, &n_found) == CUBLAS_STATUS_SUCCESS && n_found == 1 &&
+              l.matmul(l.handle, desc, &one, w, a, x.data, b, &keep, from.data, c, y.data, d, &found.algo, workspace, bytes, stream) == CUBLAS_STATUS_SUCCESS;
+    if (wish) (void)l.wish_destroy(wish);
+    for (cublasLtMatrixLayout_t layout : {a, b, c, d})
+        if (layout) (void)l.layout_destroy(layout);
+    if (desc) (void)l.desc_destroy(desc);
+    return ok;
+}
+#else
+struct DenseLibrary {};
+void dense_open(DenseLibrary &) {}
+void dense_close(DenseLibrary &) {}
+#endif
 
 /* ==== [PLAN] ====================================================================================================
  * A step is one kernel, or a few, for one node or for a chain of nodes: a product with the activation and the sum behind
@@ -704,6 +3741,17 @@ void run_argmax(Launch &l, const Step &s) {
                static_cast<int>(s.y->src[0]->shape[1]));
 }
 
+bool fits_draw(const Compiled &, const Step &s) {
+    const bnb_draw_rule &r = s.y->params.draw;
+    return r.temp <= 0 || (r.top_k > 0 && r.top_k <= DRAW_MOST) || s.y->src[0]->shape[1] <= DRAW_MOST;
+}
+void run_draw(Launch &l, const Step &s) {
+    const bnb_draw_rule &r = s.y->params.draw;
+    int C = static_cast<int>(s.y->src[0]->shape[1]), k = r.temp <= 0 ? 1 : r.top_k > 0 && r.top_k < C ? r.top_k : C;
+    l.q.launch(draw_kernel, dim3(static_cast<unsigned>(s.y->shape[0])), dim3(DRAW_THREADS), l.rows(s.y->src[0]), static_cast<const int *>(s.y->src[1]->plane[0]), r, k,
+               static_cast<int *>(s.y->plane[0]), C);
+}
+
 void run_set_rows(Launch &l, const Step &s) {
     const bnb_tensor *a = s.nodes[0], *b = s.nodes.size() > 1 ? s.nodes[1] : nullptr;
     l.q.launch(set_rows_kernel, dim3(blocks(a->shape[1], THREADS), static_cast<unsigned>(a->src[1]->shape[0])), dim3(THREADS), l.rows(a->src[1]),
@@ -719,6 +3767,253 @@ void run_linear(Launch &l, const Step &s) {
                    l.weight(node->src[1]), l.epilogue(s, node), l.rows(y), static_cast<int>(y->shape[0]));
     }
 }
+
+// x as f16, in scratch if it does not lie so already.
+uint64_t half_bytes(const bnb_tensor *x) { return align_up(static_cast<uint64_t>(bnb_tensor_elements(x)) * 2); }
+Rows half_rows(Launch &l, const bnb_tensor *x, char *scratch) {
+    Rows from = l.rows(x);
+    if (from.f16) return from;
+    Rows to = {scratch, static_cast<long>(x->shape[1]), 1};
+    l.q.launch(pointwise_kernel, dim3(blocks(x->shape[1], THREADS), static_cast<unsigned>(x->shape[0])), dim3(THREADS), int{BNB_OP_NONE}, from, Rows{}, Numbers{},
+               0.0f, to, static_cast<int>(x->shape[1]));
+    return to;
+}
+
+#ifdef __CUDACC__
+bool fits_dense(const Compiled &plan, const Step &s) {
+    const bnb_tensor *x = s.nodes[0]->src[0], *w = s.nodes[0]->src[1];
+    return plan.f16 && plan.device->dense && plan.device->dense->handle && w->type == BNB_F16 && w->op == BNB_OP_NONE && w->shape[1] % 8 == 0 &&
+           w->shape[0] % 8 == 0 && x->shape[0] > 8 && x->op != BNB_OP_COLUMNS && !(s.act && s.residual);
+}
+uint64_t scratch_dense(const Compiled &, const Step &s) { return DENSE_WORKSPACE + half_bytes(s.nodes[0]->src[0]); }
+// weight_of: where a weight lies as f16
+template <class F> void run_dense(Launch &l, const Step &s, F weight_of) {
+    const bnb_tensor *x = s.nodes[0]->src[0];
+    Rows h = half_rows(l, x, l.scratch + DENSE_WORKSPACE);
+    for (const bnb_tensor *node : s.nodes) {
+        const bnb_tensor *y = s.nodes.size() > 1 ? node : s.y;
+        int M = static_cast<int>(y->shape[0]), N = static_cast<int>(y->shape[1]);
+        Rows out = l.rows(y);
+        Epilogue e = l.epilogue(s, node);
+        if (!dense_product(*l.plan.device->dense, l.q.stream, h, weight_of(node->src[1]), e.residual, out, M, N, static_cast<int>(x->shape[1]), l.scratch))
+            l.q.note(cudaErrorUnknown);
+        e.residual = {};
+        if (e.bias.data || e.act) l.q.launch(finish_kernel, dim3(blocks(N, THREADS), static_cast<unsigned>(M)), dim3(THREADS), e, out, N);
+    }
+}
+void run_dense_f16(Launch &l, const Step &s) {
+    run_dense(l, s, [](const bnb_tensor *w) -> const void * { return w->plane[0]; });
+}
+#endif
+
+#ifdef __CUDACC__
+// ---- the kernels of [TILE4] and [TILE8] --------------------------------------------------------------------------
+
+int tile_act(int op) {
+    switch (op) {
+    case BNB_OP_RELU: return 1;
+    case BNB_OP_GELU: return 2;
+    case BNB_OP_GELU_TANH: return 3;
+    case BNB_OP_SILU: return 4;
+    default: return 0;
+    }
+}
+
+bool is_f32(const bnb_tensor *t) { return !t || t->layout == LAYOUT_NUMBERS || t->type == BNB_F32; }
+
+// What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch.
+bool fits_tile(const Compiled &plan, const Step &s, int layout) {
+    const bnb_tensor *w = s.nodes[0]->src[1];
+    if (!plan.f16 || !plan.device->tiles || w->layout != layout || s.y->shape[0] < 1) return false;
+    for (const bnb_tensor *node : s.nodes)
+        if (!is_f32(node->src[2])) return false;
+    if (!s.norm) return true;
+    const bnb_tensor *n = s.norm; // only one row, f32 weights, and x as it lies
+    return n->shape[0] == 1 && n->shape[1] <= tile4::kNormMax && is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] &&
+           (n->op == BNB_OP_RMS_NORM || n->src[2]);
+}
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4); }
+// ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
+
+// A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.
+__global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K, __half *w) {
+    __shared__ float2 pairs[256];                    // byte of two codes -> their values
+    __shared__ __align__(16) __half2 rows[64][36];   // [64 rows][32 pairs], padded
+    const int thread = threadIdx.x, quarter = thread / 64, half = thread & 1, t = thread >> 1 & 3, g = thread >> 3 & 7;
+    pairs[thread] = make_float2(get(map, thread >> 4), get(map, thread & 15));
+    __syncthreads();
+    wait_for_previous();
+    const char *unit = units + (static_cast<size_t>(blockIdx.y) * gridDim.x + blockIdx.x) * tile4::kTileBytes + quarter * tile4::kUnitBytes;
+    const uint2 packed = *reinterpret_cast<const uint2 *>(unit + (4 * g + t) * 16 + half * 8);
+    const float absmax = reinterpret_cast<const float *>(unit + tile4::kCodeBytes)[2 * g + half];
+    const unsigned char *bytes = reinterpret_cast<const unsigned char *>(&packed);
+    for (int e = 0; e < 8; e++) {
+        float2 v = pairs[bytes[e]];
+        rows[quarter * 16 + g + half * 8][tile4::unit_byte(t, e)] = __floats2half2_rn(v.x * absmax, v.y * absmax);
+    }
+    __syncthreads();
+    for (int i = thread; i < 64 * 8; i += THREADS) { // 16 bytes at a time
+        const long row = static_cast<long>(blockIdx.y) * 64 + i / 8;
+        if (row < N) *reinterpret_cast<uint4 *>(w + row * K + blockIdx.x * 64 + i % 8 * 8) = *reinterpret_cast<const uint4 *>(&rows[i / 8][i % 8 * 4]);
+    }
+}
+
+// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows.
+bool fits_tile4_dense(const Compiled &plan, const Step &s) {
+    const bnb_tensor *w = s.nodes[0]->src[1];
+    const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
+    return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
+           (M >= 768 || (M >= 128 && size <= 1 << 25));
+}
+uint64_t dense_bytes(const Step &s) {
+    uint64_t most = 0;
+    for (const bnb_tensor *node : s.nodes) most = std::max(most, static_cast<uint64_t>(bnb_tensor_elements(node->src[1])) * 2);
+    return align_up(most);
+}
+uint64_t scratch_tile4_dense(const Compiled &plan, const Step &s) { return scratch_dense(plan, s) + dense_bytes(s); }
+void run_tile4_dense(Launch &l, const Step &s) {
+    char *w = l.scratch + scratch_dense(l.plan, s);
+    const bnb_tensor *weight = s.nodes[0]->src[1];
+    const Numbers map = {weight->type == BNB_NF4 ? l.plan.device->maps : l.plan.device->maps + 16, BNB_F32};
+    run_dense(l, s, [&](const bnb_tensor *t) -> const void * {
+        const unsigned columns = static_cast<unsigned>(t->shape[1] / 64);
+        l.q.launch(tile4_dense_kernel, dim3(columns, blocks(t->shape[0], 64)), dim3(THREADS), static_cast<const char *>(t->plane[0]), map, static_cast<int>(t->shape[0]),
+                   static_cast<int>(t->shape[1]), reinterpret_cast<__half *>(w));
+        return w;
+    });
+}
+
+bool fits_tile8(const Compiled &plan, const Step &s) {
+    const bnb_tensor *w = s.nodes[0]->src[1];
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+}
+bool fits_tile16(const Compiled &plan, const Step &s) {
+    const bnb_tensor *w = s.nodes[0]->src[1];
+    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout) &&
+           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]));
+}
+
+const bnb_tensor *input_of(const Step &s) { return s.norm ? s.norm->src[0] : s.nodes[0]->src[0]; }
+uint64_t scratch_tile(const Compiled &, const Step &s) { return half_bytes(input_of(s)); }
+
+// Fills what the calls have in common; x: where it lies in a form that the kernel takes.
+template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
+    c->M = static_cast<int>(s.y->shape[0]);
+    c->K = static_cast<int>(s.nodes[0]->src[1]->shape[1]);
+    c->x = x.data;
+    c->ldx = x.ld;
+    c->x_f32 = !x.f16;
+    c->act = tile_act(s.act);
+    Rows r = l.rows(s.residual);
+    c->residual = reinterpret_cast<const float *>(r.data);
+    c->ldr = r.ld;
+    c->y_f32 = !l.rows(s.nodes.size() > 1 ? s.nodes[0] : s.y).f16;
+}
+template <class Call> void fill_norm(Launch &l, const Step &s, Call *c) {
+    if (!s.norm) return;
+    c->norm_kind = s.norm->op == BNB_OP_LAYER_NORM ? 1 : 2;
+    c->norm_w = static_cast<const float *>(s.norm->src[1]->plane[0]);
+    c->norm_b = s.norm->src[2] ? static_cast<const float *>(s.norm->src[2]->plane[0]) : nullptr;
+    c->norm_eps = s.norm->params.norm.eps;
+    (void)l;
+}
+template <class Part> void fill_part(Launch &l, const Step &s, const bnb_tensor *node, Part *p) {
+    Rows y = l.rows(s.nodes.size() > 1 ? node : s.y);
+    p->N = static_cast<int>(node->src[1]->shape[0]);
+    p->bias = node->src[2] ? static_cast<const float *>(node->src[2]->plane[0]) : nullptr;
+    p->y = y.data;
+    p->ldy = y.ld;
+}
+
+// x as the kernels take it: f16 with aligned rows; f32 where `wide` allows it.
+Rows tile_input(Launch &l, const Step &s, bool wide) {
+    Rows x = l.rows(input_of(s));
+    bool aligned = reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && x.ld % 8 == 0;
+    if (aligned && (x.f16 || wide)) return x;
+    Rows to = {l.scratch, static_cast<long>(input_of(s)->shape[1]), 1};
+    l.q.launch(pointwise_kernel, dim3(blocks(to.ld, THREADS), static_cast<unsigned>(input_of(s)->shape[0])), dim3(THREADS), int{BNB_OP_NONE}, x, Rows{}, Numbers{},
+               0.0f, to, static_cast<int>(to.ld));
+    return to;
+}
+
+void run_tile4(Launch &l, const Step &s) {
+    tile4::Linear4 c = {};
+    fill_tile(l, s, tile_input(l, s, s.y->shape[0] <= 16), &c);
+    fill_norm(l, s, &c);
+    c.n_sm = l.plan.device->n_sm;
+    std::memcpy(c.map, s.nodes[0]->src[1]->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map, sizeof c.map);
+    for (const bnb_tensor *node : s.nodes) {
+        tile4::Linear4Part &p = c.part[c.n_parts++];
+        fill_part(l, s, node, &p);
+        p.units = node->src[1]->plane[0];
+    }
+    l.q.note(tile4::linear4(l.q.stream, c, l.q.overlap));
+}
+
+void run_tile16(Launch &l, const Step &s) {
+    tile4::Linear16 c = {};
+    fill_tile(l, s, tile_input(l, s, true), &c);
+    fill_norm(l, s, &c);
+    c.n_sm = l.plan.device->n_sm;
+    for (const bnb_tensor *node : s.nodes) {
+        fill_part(l, s, node, &c);
+        c.w = node->src[1]->plane[0];
+        l.q.note(tile4::linear16(l.q.stream, c, l.q.overlap));
+    }
+}
+
+tile8::Linear8 call_tile8(const Step &s) {
+    tile8::Linear8 c = {};
+    const bnb_tensor *w = s.nodes[0]->src[1];
+    c.M = static_cast<int>(s.y->shape[0]);
+    c.K = static_cast<int>(w->shape[1]);
+    c.threshold = w->quant.threshold;
+    c.outlier_rule = w->quant.outlier_rule;
+    for (const bnb_tensor *node : s.nodes) c.part[c.n_parts++].N = static_cast<int>(node->src[1]->shape[0]);
+    return c;
+}
+uint64_t scratch_tile8(const Compiled &, const Step &s) { return half_bytes(input_of(s)) + tile8::linear8_scratch(call_tile8(s)); }
+void run_tile8(Launch &l, const Step &s) {
+    tile8::Linear8 c = call_tile8(s);
+    fill_tile(l, s, tile_input(l, s, true), &c);
+    c.scratch = l.scratch + half_bytes(input_of(s));
+    for (size_t i = 0; i < s.nodes.size(); i++) {
+        fill_part(l, s, s.nodes[i], &c.part[i]);
+        c.part[i].w = s.nodes[i]->src[1]->plane[0];
+        c.part[i].scb = static_cast<const float *>(s.nodes[i]->src[1]->plane[1]);
+    }
+    l.q.note(tile8::linear8(l.q.stream, c, l.q.overlap));
+}
+
+bool fits_attention(const Compiled &plan, const Step &s) {
+    const bnb_tensor *y = s.y, *k = y->src[1], *v = y->src[2];
+    int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads;
+    return plan.f16 && plan.device->tiles && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
+           k->shape[0] > 0;
+}
+void run_attention_tile(Launch &l, const Step &s) {
+    const bnb_tensor *y = s.y;
+    Rows q = l.rows(y->src[0]), k = l.rows(y->src[1]), out = l.rows(y);
+    tile8::Attention a = {};
+    a.T = static_cast<int>(y->shape[0]);
+    a.n_head = y->params.attention.n_head;
+    a.n_head_kv = y->params.attention.n_head_kv;
+    a.D = static_cast<int>(y->shape[1] / a.n_head);
+    a.q = q.data;
+    a.ldq = q.ld;
+    a.q_f32 = !q.f16;
+    a.k = k.data;
+    a.v = l.rows(y->src[2]).data;
+    a.ldkv = k.ld;
+    a.R = static_cast<int>(y->src[1]->shape[0]);
+    a.span = static_cast<const int *>(y->src[3]->plane[0]);
+    a.scale = y->params.attention.scale;
+    a.y = out.data;
+    a.ldy = out.ld;
+    a.y_f32 = !out.f16;
+    l.q.note(tile8::attention(l.q.stream, a, l.q.overlap));
+}
+#endif
 
 uint64_t scratch_linear_int8(const Compiled &, const Step &s) {
     uint64_t M = static_cast<uint64_t>(s.y->shape[0]), K = static_cast<uint64_t>(s.nodes[0]->src[1]->shape[1]);
@@ -769,6 +4064,14 @@ struct Kernel {
 
 const Kernel kernels[] = {
     {"embed", BNB_OP_EMBED, nullptr, nullptr, run_embed, 0},
+#ifdef __CUDACC__
+    {"linear_tile4_cublaslt", BNB_OP_LINEAR, fits_tile4_dense, scratch_tile4_dense, run_tile4_dense, 0},
+    {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
+    {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
+    {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
+    {"attention_tile", BNB_OP_ATTENTION, fits_attention, nullptr, run_attention_tile, 0},
+    {"linear_f16_cublaslt", BNB_OP_LINEAR, fits_dense, scratch_dense, run_dense_f16, 0},
+#endif
     {"linear_int8", BNB_OP_LINEAR, fits_int8, scratch_linear_int8, run_linear_int8, 0},
     {"linear", BNB_OP_LINEAR, fits_canonical, nullptr, run_linear, 0},
     {"layer_norm", BNB_OP_LAYER_NORM, nullptr, nullptr, run_norm, 0},
@@ -782,6 +4085,7 @@ const Kernel kernels[] = {
     {"silu", BNB_OP_SILU, nullptr, nullptr, run_pointwise, 0},
     {"softmax", BNB_OP_SOFTMAX, nullptr, nullptr, run_softmax, 0},
     {"argmax", BNB_OP_ARGMAX, nullptr, nullptr, run_argmax, 0},
+    {"draw", BNB_OP_DRAW, fits_draw, nullptr, run_draw, 0},
     {"set_rows", BNB_OP_SET_ROWS, nullptr, nullptr, run_set_rows, 0},
     {"attention", BNB_OP_ATTENTION, fits_head, nullptr, run_attention, 0},
 };
@@ -973,9 +4277,11 @@ private:
     }
     void choose_halves() {
         for (const Step &s : plan_.steps) {
-            if (!plan_.f16 || s.op == BNB_OP_SET_ROWS) continue;
-            for (const bnb_tensor *t : s.nodes.size() > 1 && s.op == BNB_OP_LINEAR ? s.nodes : std::vector<const bnb_tensor *>{s.y}) {
-                if (s.residual || !every_user_takes_half(t)) continue;
+            if (!plan_.f16 || s.op == BNB_OP_SET_ROWS || s.residual) continue;
+            std::vector<const bnb_tensor *> results = {s.y};
+            if (s.op == BNB_OP_LINEAR && s.nodes.size() > 1) results = s.nodes; // written by one kernel: all or none
+            if (!std::all_of(results.begin(), results.end(), [&](const bnb_tensor *t) { return every_user_takes_half(t); })) continue;
+            for (const bnb_tensor *t : results) {
                 plan_.halves[t] = true;
                 out_[index(t)].bytes /= 2;
             }
@@ -1106,57 +4412,174 @@ bnb_status device_run(void *dev, void *compiled, void *scratch, double *times, b
 
 /* ==== [WEIGHTS] ================================================================================================= */
 
-uint64_t align_up(uint64_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
-
 uint64_t plane_bytes(const bnb_tensor *t, int p) { return bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, p); }
 
+// Bytes of a plane in t's layout.
+uint64_t layout_plane(const bnb_tensor *t, int p) {
+    switch (t->layout) {
+    case LAYOUT_NUMBERS: return p == 0 ? static_cast<uint64_t>(bnb_tensor_elements(t)) * 4 : 0;
+#ifdef __CUDACC__
+    case LAYOUT_TILE4:
+        if (p == 0) return tile4::tile4_bytes(static_cast<int>(t->shape[0]), static_cast<int>(t->shape[1]));
+        return t->quant.double_quant ? plane_bytes(t, p) : 0;
+#endif
+    default: break;
+    }
+    return plane_bytes(t, p);
+}
+
 void device_place(void *dev, bnb_tensor *t, int32_t compute_dtype) {
-    (void)dev, (void)compute_dtype;
-    t->layout = t->n_dims == 1 && !bnb_type_is_quantized(t->type) && bnb_type_bits(t->type) >= 16 && t->type != BNB_I32 ? LAYOUT_NUMBERS : LAYOUT_PLANES;
+    const Device &d = *static_cast<const Device *>(dev);
+    const bool vector = t->n_dims == 1 && (t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16);
+    t->layout = vector ? LAYOUT_NUMBERS : LAYOUT_PLANES;
+#ifdef __CUDACC__
+    if (d.tiles && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
+        int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
+        if (bnb_type_bits(t->type) == 4 && tile4::linear4_fits(N, K, t->quant.blocksize)) t->layout = LAYOUT_TILE4;
+    }
+#endif
+    (void)d, (void)compute_dtype;
     t->layout_bytes = 0;
-    if (t->layout == LAYOUT_NUMBERS) t->layout_bytes = static_cast<uint64_t>(bnb_tensor_elements(t)) * 4;
-    else
-        for (int p = 0; p < BNB_MAX_PLANES; p++) t->layout_bytes += align_up(plane_bytes(t, p));
+    for (int p = 0; p < BNB_MAX_PLANES; p++) t->layout_bytes += align_up(layout_plane(t, p));
+}
+
+// The address of each plane, from that of the first.
+void find_planes(bnb_tensor *t) {
+    char *at = static_cast<char *>(t->plane[0]);
+    for (int p = 0; p < BNB_MAX_PLANES; p++) {
+        uint64_t bytes = layout_plane(t, p);
+        t->plane[p] = bytes || p == 0 ? at : nullptr;
+        at += align_up(bytes);
+    }
+}
+
+// Room for canonical planes beside the kernels' own layout: kept until a plan is compiled, so that a model's weights
+// need one allocation.
+char *unpacked(Device &d, uint64_t bytes, bnb_error *err) {
+    if (bytes > d.unpacked_bytes) {
+        (void)GPU(StreamSynchronize)(d.queue.stream); // somebody may still be reading
+        forget_unpacked(d);
+        d.unpacked = static_cast<char *>(device_alloc(&d, bytes, err));
+        d.unpacked_bytes = d.unpacked ? bytes : 0;
+    }
+    return d.unpacked;
+}
+
+// absmax or SCB of a quantized tensor: how many.
+int64_t scales_of(const bnb_tensor *t) {
+    if (t->type == BNB_INT8) return t->shape[0];
+    return bnb_type_is_quantized(t->type) ? (bnb_tensor_elements(t) + t->quant.blocksize - 1) / t->quant.blocksize : 0;
+}
+
+// A quantized weight in canonical planes on the device, wherever it comes from: written as it is, or made from plain
+// numbers. planes: where, [4]; of double-quantized tensors absmax, f32 [nb], is filled as well.
+bnb_status upload_planes(Device &d, bnb_tensor *t, const bnb_tensor *src, char *const *planes, float *absmax, char *room, bnb_error *err) {
+    const int64_t n = bnb_tensor_elements(t), nb = scales_of(t);
+    if (bnb_type_is_quantized(src->type) || !bnb_type_is_quantized(t->type)) {
+        for (int p = 0; p < BNB_MAX_PLANES; p++)
+            if (bnb_status s = plane_bytes(t, p) ? device_write(&d, planes[p], src->plane[p], plane_bytes(t, p), err) : BNB_OK) return s;
+        if (absmax && t->quant.double_quant) {
+            Weight w = {};
+            for (int p = 1; p < BNB_MAX_PLANES; p++) w.plane[p] = planes[p];
+            w.quant = t->quant;
+            d.queue.launch(absmax_kernel, dim3(blocks(nb, THREADS)), dim3(THREADS), w, absmax, static_cast<long>(nb));
+        }
+        return queue_status(d, err, "uploading a weight");
+    }
+    if (bnb_status s = device_write(&d, room, src->plane[0], plane_bytes(src, 0), err)) return s;
+    Numbers a = {room, src->type};
+    if (t->type == BNB_INT8) {
+        d.queue.launch(quantize8_kernel, dim3(blocks(nb, 1)), dim3(THREADS), a, static_cast<int>(t->shape[1]), reinterpret_cast<signed char *>(planes[0]), reinterpret_cast<float *>(planes[1]));
+        return queue_status(d, err, "quantizing a weight");
+    }
+    float *scales = t->quant.double_quant ? absmax : reinterpret_cast<float *>(planes[1]);
+    d.queue.launch(quantize4_kernel, dim3(blocks(nb, GROUPS)), dim3(LANES, GROUPS), a, static_cast<long>(n), *bnb_quant_rule4(t->type, BNB_COMPAT_CUDA), t->quant.blocksize,
+                   reinterpret_cast<unsigned char *>(planes[0]), scales);
+    if (bnb_status s = queue_status(d, err, "quantizing a weight")) return s;
+    if (!t->quant.double_quant) return BNB_OK;
+    // the second level is a thousandth of the work and has a sum over everything: the host does it
+    const size_t bytes = align_up(plane_bytes(t, 1)) + align_up(plane_bytes(t, 2)) + align_up(plane_bytes(t, 3)), all = bytes + static_cast<size_t>(nb) * 4;
+    char *host = static_cast<char *>(bnb_alloc(d.env, all, err));
+    if (!host) return BNB_E_NOMEM;
+    bnb_tensor second = *t;
+    second.plane[1] = host;
+    second.plane[2] = host + align_up(plane_bytes(t, 1));
+    second.plane[3] = host + align_up(plane_bytes(t, 1)) + align_up(plane_bytes(t, 2));
+    float *read = reinterpret_cast<float *>(host + bytes);
+    bnb_status s = device_read(&d, read, absmax, static_cast<uint64_t>(nb) * 4, err);
+    if (!s) s = bnb_quantize_absmax(d.env, read, &second, BNB_COMPAT_CUDA, err);
+    t->quant.nested_offset = second.quant.nested_offset;
+    for (int p = 1; p < BNB_MAX_PLANES && !s; p++) s = device_write(&d, planes[p], second.plane[p], plane_bytes(t, p), err);
+    Weight w = {};
+    for (int p = 1; p < BNB_MAX_PLANES; p++) w.plane[p] = planes[p];
+    w.quant = t->quant;
+    d.queue.launch(absmax_kernel, dim3(blocks(nb, THREADS)), dim3(THREADS), w, absmax, static_cast<long>(nb));
+    bnb_free(d.env, host, all);
+    return s ? s : queue_status(d, err, "quantizing a weight");
+}
+
+// Vectors are widened on the host: they are small.
+bnb_status upload_numbers(Device &d, bnb_tensor *t, const bnb_tensor *src, bnb_error *err) {
+    const int64_t n = bnb_tensor_elements(t);
+    float *wide = static_cast<float *>(bnb_alloc(d.env, static_cast<size_t>(n) * 4, err));
+    if (!wide) return BNB_E_NOMEM;
+    bnb_status s = bnb_convert(src->type, src->plane[0], BNB_F32, wide, n, err);
+    if (!s) s = device_write(&d, t->plane[0], wide, static_cast<uint64_t>(n) * 4, err);
+    bnb_free(d.env, wide, static_cast<size_t>(n) * 4);
+    return s;
 }
 
 bnb_status device_upload(void *dev, bnb_tensor *t, const bnb_tensor *src, bnb_error *err) {
-    char *base = static_cast<char *>(t->plane[0]);
-    if (t->layout == LAYOUT_NUMBERS) {
-        int64_t n = bnb_tensor_elements(t);
-        std::vector<float> wide;
-        try {
-            wide.resize(static_cast<size_t>(n));
-        } catch (const std::bad_alloc &) {
-            return bnb_fail(err, BNB_E_NOMEM, "tensor '%s': out of memory for %lld numbers", t->name, static_cast<long long>(n));
-        }
-        bnb_status s = bnb_convert(src->type, src->plane[0], BNB_F32, wide.data(), n, err);
-        return s ? s : device_write(dev, base, wide.data(), static_cast<uint64_t>(n) * 4, err);
-    }
-    for (int p = 0; p < BNB_MAX_PLANES; p++) {
-        uint64_t bytes = plane_bytes(t, p);
-        t->plane[p] = bytes || p == 0 ? base : nullptr;
-        if (bnb_status s = bytes ? device_write(dev, base, src->plane[p], bytes, err) : BNB_OK) return s;
-        base += align_up(bytes);
-    }
-    return BNB_OK;
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    find_planes(t);
+    if (t->layout == LAYOUT_NUMBERS) return upload_numbers(d, t, src, err);
+    const bool tiles = t->layout != LAYOUT_PLANES, four = bnb_type_bits(t->type) == 4;
+    const uint64_t codes = tiles ? align_up(plane_bytes(t, 0)) : 0;
+    const uint64_t scales = four ? align_up(static_cast<uint64_t>(scales_of(t)) * 4) : 0;
+    const uint64_t source = src->type != t->type ? plane_bytes(src, 0) : 0;
+    char *room = codes + scales + source ? unpacked(d, codes + scales + source, err) : nullptr;
+    if (codes + scales + source && !room) return BNB_E_NOMEM;
+    char *planes[BNB_MAX_PLANES];
+    for (int p = 0; p < BNB_MAX_PLANES; p++) planes[p] = static_cast<char *>(t->plane[p]);
+    if (tiles) planes[0] = room;
+    if (t->layout == LAYOUT_TILE4 && !t->quant.double_quant) planes[1] = room + codes;
+    float *absmax = reinterpret_cast<float *>(room + codes);
+    if (bnb_status s = upload_planes(d, t, src, planes, four ? absmax : nullptr, room + codes + scales, err)) return s;
+#ifdef __CUDACC__
+    const int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
+    if (t->layout == LAYOUT_TILE4) d.queue.note(tile4::tile4_pack(d.queue.stream, reinterpret_cast<const uint8_t *>(room), absmax, t->quant.blocksize, N, K, t->plane[0]));
+#endif
+    return queue_status(d, err, "arranging a weight");
 }
 
 bnb_status device_download(void *dev, const bnb_tensor *t, bnb_tensor *dst, bnb_error *err) {
+    Device &d = *static_cast<Device *>(dev);
+    Use use(d);
+    const void *planes[BNB_MAX_PLANES];
+    std::memcpy(planes, t->plane, sizeof planes);
     if (t->layout == LAYOUT_NUMBERS) {
-        int64_t n = bnb_tensor_elements(t);
-        std::vector<float> wide;
-        try {
-            wide.resize(static_cast<size_t>(n));
-        } catch (const std::bad_alloc &) {
-            return bnb_fail(err, BNB_E_NOMEM, "tensor '%s': out of memory for %lld numbers", t->name, static_cast<long long>(n));
-        }
-        bnb_status s = device_read(dev, wide.data(), t->plane[0], static_cast<uint64_t>(n) * 4, err);
-        return s ? s : bnb_convert(BNB_F32, wide.data(), dst->type, dst->plane[0], n, err);
+        const int64_t n = bnb_tensor_elements(t);
+        float *wide = static_cast<float *>(bnb_alloc(d.env, static_cast<size_t>(n) * 4, err));
+        if (!wide) return BNB_E_NOMEM;
+        bnb_status s = device_read(dev, wide, t->plane[0], static_cast<uint64_t>(n) * 4, err);
+        if (!s) s = bnb_convert(BNB_F32, wide, dst->type, dst->plane[0], n, err);
+        bnb_free(d.env, wide, static_cast<size_t>(n) * 4);
+        return s;
     }
-    for (int p = 0; p < BNB_MAX_PLANES; p++) {
-        uint64_t bytes = plane_bytes(t, p);
-        if (bnb_status s = bytes ? device_read(dev, dst->plane[p], t->plane[p], bytes, err) : BNB_OK) return s;
+#ifdef __CUDACC__
+    if (t->layout == LAYOUT_TILE4) {
+        const int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
+        const uint64_t codes = align_up(plane_bytes(t, 0)), nb = static_cast<uint64_t>(scales_of(t));
+        char *room = unpacked(d, codes + nb * 4, err);
+        if (!room) return BNB_E_NOMEM;
+        planes[0] = room;
+        d.queue.note(tile4::tile4_unpack(d.queue.stream, t->plane[0], t->quant.blocksize, N, K, reinterpret_cast<uint8_t *>(room), reinterpret_cast<float *>(room + codes)));
+        if (!t->quant.double_quant) planes[1] = room + codes;
     }
+#endif
+    for (int p = 0; p < BNB_MAX_PLANES; p++)
+        if (bnb_status s = plane_bytes(t, p) ? device_read(dev, dst->plane[p], planes[p], plane_bytes(t, p), err) : BNB_OK) return s;
     return BNB_OK;
 }
 
@@ -1177,6 +4600,9 @@ void device_close(void *dev) {
         Use use(*d);
         if (d->queue.stream) (void)GPU(StreamSynchronize)(d->queue.stream);
         forget_unpacked(*d);
+        device_free(d, const_cast<float *>(d->maps), 32 * sizeof(float));
+        if (d->dense) dense_close(*d->dense);
+        delete d->dense;
         for (int i = 0; i < 2; i++) {
             if (d->staging[i]) (void)host_free(d->staging[i]);
             if (d->staged[i]) (void)GPU(EventDestroy)(d->staged[i]);
@@ -1252,18 +4678,28 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     for (GPU(Event_t) &done : d->fetch_done) q.note(GPU(EventCreateWithFlags)(&done, GPU(EventDisableTiming)));
     q.note(host_alloc(reinterpret_cast<void **>(&d->fetched), BNB_FETCH_SLOTS * BNB_FETCH_BYTES));
     q.note(host_alloc(reinterpret_cast<void **>(&d->fault), sizeof *d->fault));
-    if (bnb_status s = queue_status(*d, err, "opening the device")) {
-        (void)s;
+    if (d->fault) *d->fault = 0;
+    bnb_status s = queue_status(*d, err, "opening the device");
+    float *maps = s ? nullptr : static_cast<float *>(device_alloc(d, 32 * sizeof(float), err));
+    d->maps = maps;
+    if (!s && maps) s = device_write(d, maps, bnb_nf4_map, sizeof bnb_nf4_map, err);
+    if (!s && maps) s = device_write(d, maps + 16, bnb_fp4_map, sizeof bnb_fp4_map, err);
+    if (s || !maps) {
         device_close(d);
         return nullptr;
     }
-    *d->fault = 0;
     d->n_sm = properties.multiProcessorCount;
     d->major = properties.major;
     d->minor = properties.minor;
     std::snprintf(d->description, sizeof d->description, "%.80s, %d multiprocessors, %d.%d", properties.name, d->n_sm, d->major, d->minor);
+    d->dense = new (std::nothrow) DenseLibrary{};
+    if (d->dense) dense_open(*d->dense);
 #ifdef __CUDACC__
     q.overlap = d->major >= 9;
+    if (d->major == 9) { // a program that was built without sm_90a has none of these kernels: it uses the others
+        d->tiles = tile4::linear4_init(index) == cudaSuccess && tile8::linear8_init(index) == cudaSuccess && tile8::attention_init(index) == cudaSuccess;
+        (void)cudaGetLastError();
+    }
 #endif
     return d;
 }
@@ -1271,6 +4707,6 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
 } // namespace
 
 extern "C" const bnb_backend_api GPU_TABLE = {
-    sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_info, device_alloc, device_free, device_write, device_read,
+    sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_sync, device_info, device_alloc, device_free, device_write, device_read,
     device_fetch_begin, device_fetch_end, device_place, device_upload, device_download, device_compile, device_release, device_describe, device_run,
 };

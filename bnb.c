@@ -695,19 +695,12 @@ const float bnb_fp4_map[16] = {
  * The CUDA rule of FP4 is "|x| > t", so its negative bounds stand one ulp lower (x > pred(-t) means x >= -t), and its
  * sign rule x < 0 is the bound -2^-126, because no x lies between that and 0 (results below 2^-126 are flushed; left
  * unflushed, as here, they fall on the same side as 0). */
-typedef struct bnb__rule4 {
-    float bound[15];  /* ascending                                             */
-    float nan;        /* what a NaN counts as                                  */
-    float smallest;   /* |a| below this counts as 0                            */
-    uint8_t code[16]; /* rank -> code                                          */
-} bnb__rule4;
-
 #define BNB__NF4_BOUNDS                                                                                                \
     {-0x1.b239bp-1f,  -0x1.38a4ep-1f,  -0x1.d709p-2f,   -0x1.5bd4ecp-2f, -0x1.e079d8p-3f,                              \
      -0x1.1a7178p-3f, -0x1.74f0e2p-5f, 0x1.45f5fep-5f,  0x1.ec90c4p-4f,  0x1.a0cfcp-3f,                                \
      0x1.2b05a8p-2f,  0x1.8ea7f2p-2f,  0x1.00da08p-1f,  0x1.491b5ep-1f,  0x1.b913b4p-1f}
 
-static const bnb__rule4 bnb__rules4[2][2] = { /* [compat][NF4, FP4] */
+static const bnb_rule4 bnb__rules4[2][2] = { /* [compat][NF4, FP4] */
     {{BNB__NF4_BOUNDS, -1.0f, FLT_MIN, {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}},
      {{-0x1.aaaaacp-1f, -0x1.2aaaa2p-1f, -0x1.aaaaaep-2f, -0x1.2aaaacp-2f, -0x1.aaaaacp-3f,
        -0x1.600002p-4f, -0x1.555574p-9f, -0x1p-126f,      0x1.555572p-9f,  0x1.6p-4f,
@@ -720,6 +713,8 @@ static const bnb__rule4 bnb__rules4[2][2] = { /* [compat][NF4, FP4] */
       1.0f, 0.0f, {11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3}}},
 };
 
+const bnb_rule4 *bnb_quant_rule4(int32_t type, int32_t compat) { return &bnb__rules4[compat == BNB_COMPAT_CPU][type == BNB_FP4]; }
+
 /* A rule laid out for the search: node i of a binary tree has the children 2i and 2i + 1, so that four steps of
  * "i = 2i + (x > tree[i])" from i = 1 end at 16 + rank, and each level of the tree fits a vector register. */
 typedef struct bnb__search4 {
@@ -728,7 +723,7 @@ typedef struct bnb__search4 {
     uint8_t code[16];
 } bnb__search4;
 
-static void bnb__search4_init(bnb__search4 *s, const bnb__rule4 *rule) {
+static void bnb__search4_init(bnb__search4 *s, const bnb_rule4 *rule) {
     s->tree[0] = 0;
     for (int32_t half = 8, i = 1; half; half /= 2) {
         for (int32_t at = half - 1; at < 15; at += 2 * half) s->tree[i++] = rule->bound[at];
@@ -1307,9 +1302,19 @@ bnb_status bnb_quantize(bnb_env *env, const bnb_tensor *src, bnb_tensor *dst, in
     bnb__search4_init(&job.search, &bnb__rules4[compat][dst->type == BNB_FP4]);
     bnb__qjob_run(env, &job, bnb__quantize4_chunk, bnb_tensor_elements(src), BNB__QUANT_CHUNK);
     if (!dst->quant.double_quant) return BNB_OK;
-    bnb__qjob_run(env, &job, bnb__nested_start, 1, 1);
-    bnb__qjob_run(env, &job, bnb__nested_chunk, nb, 256);
+    status = bnb_quantize_absmax(env, job.absmax, dst, compat, err);
     if (nb > 0) bnb_free(env, job.absmax, (size_t)nb * 4);
+    return status;
+}
+
+bnb_status bnb_quantize_absmax(bnb_env *env, const float *absmax, bnb_tensor *dst, int32_t compat, bnb_error *err) {
+    bnb__qjob job = {0};
+    (void)err;
+    job.dst = dst;
+    job.compat = compat;
+    job.absmax = (float *)absmax; /* only read */
+    bnb__qjob_run(env, &job, bnb__nested_start, 1, 1);
+    bnb__qjob_run(env, &job, bnb__nested_chunk, bnb__blocks(dst), 256);
     return BNB_OK;
 }
 
@@ -1494,6 +1499,8 @@ bnb_tensor *bnb_input(bnb_ctx *ctx, int32_t type, int32_t n_dims, const int64_t 
     return bnb__leaf(ctx, type, NULL, n_dims, shape, name, BNB_FLAG_INPUT);
 }
 
+static int bnb__is_float(const bnb_tensor *t) { return t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16; }
+
 static uint64_t bnb__plane_size(const bnb_tensor *t, int32_t plane) {
     return bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, plane);
 }
@@ -1548,10 +1555,12 @@ bnb_tensor *bnb_tensor_place(bnb_ctx *c, bnb_backend *backend, const bnb_tensor 
 
 bnb_status bnb_tensor_upload(bnb_tensor *t, const bnb_tensor *src, bnb_error *err) {
     const bnb_backend *backend = t->backend;
-    if (t->state != BNB_PLACED || src->state != BNB_RESIDENT || !bnb__on_host(src) || src->type != t->type || src->n_dims != t->n_dims ||
-        memcmp(src->shape, t->shape, sizeof t->shape))
+    int32_t quantize = bnb_type_is_quantized(t->type) && bnb__is_float(src);
+    if (t->state != BNB_PLACED || src->state != BNB_RESIDENT || !bnb__on_host(src) || (src->type != t->type && !quantize) || src->n_dims != t->n_dims ||
+        memcmp(src->shape, t->shape, sizeof t->shape) || (quantize && !backend->api->upload))
         return bnb_fail(err, BNB_E_ARG, "tensor '%s' cannot be uploaded: it must be placed, and the source like it and on the host", t->name);
-    t->quant = src->quant;
+    if (!quantize) t->quant = src->quant;
+    else t->quant.dtype = src->type;
     if (!backend->api->upload) return bnb_tensor_bind(t, src->plane, err);
     bnb__buffer *b = bnb__ctx_take(t->ctx, sizeof *b);
     if (!b) return bnb_fail(err, BNB_E_NOMEM, "%s", t->ctx->error.msg);
@@ -1679,7 +1688,6 @@ typedef struct bnb__op_card {
     const char *(*shape)(bnb_tensor *y); /* fills type and shape from src and params; NULL or what is wrong */
 } bnb__op_card;
 
-static int bnb__is_float(const bnb_tensor *t) { return t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16; }
 static int bnb__is_rows(const bnb_tensor *t) { return t->type == BNB_F32 && t->n_dims == 2; }
 
 static const char *bnb__result(bnb_tensor *y, int64_t rows, int64_t columns) {
@@ -1771,6 +1779,15 @@ static const char *bnb__shape_argmax(bnb_tensor *y) {
     return NULL;
 }
 
+static const char *bnb__shape_draw(bnb_tensor *y) {
+    const bnb_tensor *steps = y->src[1];
+    const bnb_draw_rule *r = &y->params.draw;
+    if (steps->type != BNB_I32 || steps->n_dims != 1 || steps->shape[0] != y->src[0]->shape[0]) return "the steps must be i32 [T]";
+    if (!(r->temp >= 0) || !(r->top_p > 0) || !(r->min_p >= 0 && r->min_p <= 1) || r->top_k < 0)
+        return "the rule needs temp >= 0, top_p > 0, 0 <= min_p <= 1 and top_k >= 0";
+    return bnb__shape_argmax(y);
+}
+
 static const bnb__op_card bnb__ops[BNB_OP_COUNT] = {
     [BNB_OP_NONE] = {"none", 0, 0, NULL},
     [BNB_OP_EMBED] = {"embed", 2, 0, bnb__shape_embed},
@@ -1789,6 +1806,7 @@ static const bnb__op_card bnb__ops[BNB_OP_COUNT] = {
     [BNB_OP_ATTENTION] = {"attention", 4, 0, bnb__shape_attention},
     [BNB_OP_COLUMNS] = {"columns", 1, BNB__VIEW, bnb__shape_columns},
     [BNB_OP_ARGMAX] = {"argmax", 1, 0, bnb__shape_argmax},
+    [BNB_OP_DRAW] = {"draw", 2, 0, bnb__shape_draw},
 };
 
 const char *bnb_op_name(int32_t op) { return op < 0 || op >= BNB_OP_COUNT ? NULL : bnb__ops[op].name; }
@@ -1851,6 +1869,10 @@ BNB__UNARY(bnb_softmax, BNB_OP_SOFTMAX)
 #undef BNB__UNARY
 
 bnb_tensor *bnb_argmax(bnb_ctx *c, bnb_tensor *x) { return bnb__node(c, BNB_OP_ARGMAX, BNB__NO_PARAMS, x, NULL, NULL, NULL); }
+
+bnb_tensor *bnb_draw(bnb_ctx *c, bnb_tensor *x, bnb_tensor *steps, const bnb_draw_rule *rule) {
+    return bnb__node(c, BNB_OP_DRAW, (bnb_params){.draw = *rule}, x, steps, NULL, NULL);
+}
 
 bnb_tensor *bnb_set_rows(bnb_ctx *c, bnb_tensor *cache, bnb_tensor *x, bnb_tensor *rows) {
     return bnb__node(c, BNB_OP_SET_ROWS, BNB__NO_PARAMS, cache, x, rows, NULL);
@@ -3827,6 +3849,92 @@ static void bnb__argmax_ref(const bnb__job *j, int32_t phase, int64_t t) {
     ((int32_t *)j->y->plane[0])[t] = at;
 }
 
+/* ---- draw ---- */
+
+typedef struct bnb__candidate {
+    float x;
+    int32_t at;
+} bnb__candidate;
+
+static int bnb__better(bnb__candidate a, bnb__candidate b) { return a.x != b.x ? a.x > b.x : a.at < b.at; }
+
+/* c [n]: a heap with the worst on top, but for c[i], which sinks to its place. */
+static void bnb__sink(bnb__candidate *c, int64_t n, int64_t i) {
+    for (int64_t child; (child = 2 * i + 1) < n; i = child) {
+        if (child + 1 < n && bnb__better(c[child], c[child + 1])) child++;
+        if (!bnb__better(c[i], c[child])) return;
+        bnb__candidate t = c[i];
+        c[i] = c[child];
+        c[child] = t;
+    }
+}
+
+/* A counter-based generator (splitmix64's finalizer, twice): 53 bits in [0, 1). */
+static double bnb__uniform(uint64_t seed, uint64_t step) {
+    uint64_t z = seed + 0x9E3779B97F4A7C15u * (step + 1);
+    for (int round = 0; round < 2; round++) {
+        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+        z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+        z ^= z >> 31;
+    }
+    return (double)(z >> 11) * 0x1p-53;
+}
+
+int32_t bnb_draw_row(const float *x, int64_t n, const bnb_draw_rule *rule, int32_t step, void *scratch) {
+    bnb__candidate *c = scratch;
+    int64_t k = rule->temp <= 0 ? 1 : rule->top_k > 0 ? BNB__MIN(rule->top_k, n) : n, kept = 0;
+    for (int64_t i = 0; i < n; i++) { /* the k best */
+        bnb__candidate new = {x[i], (int32_t)i};
+        if (x[i] != x[i]) return -1;
+        if (kept < k) {
+            c[kept++] = new;
+            for (int64_t parent = kept / 2; kept == k && parent-- > 0;) bnb__sink(c, k, parent);
+        } else if (bnb__better(new, c[0])) {
+            c[0] = new;
+            bnb__sink(c, k, 0);
+        }
+    }
+    for (int64_t m = k - 1; m > 0; m--) { /* the worst goes to the end: best first */
+        bnb__candidate t = c[0];
+        c[0] = c[m];
+        c[m] = t;
+        bnb__sink(c, m, 0);
+    }
+    if (k == 0 || !(fabsf(c[0].x) < INFINITY)) return -1;
+    if (rule->temp <= 0) return c[0].at;
+    double total = 0, sum = 0, best = c[0].x;
+    if (rule->top_p < 1) {
+        for (int64_t i = 0; i < k; i++) total += exp(c[i].x - best);
+        int64_t m = 0;
+        while (m < k && (m == 0 || sum < rule->top_p * total)) sum += exp(c[m++].x - best);
+        k = m;
+    }
+    if (rule->min_p > 0) {
+        double least = best + log(rule->min_p);
+        int64_t m = 1;
+        while (m < k && c[m].x >= least) m++;
+        k = m;
+    }
+    total = 0;
+    for (int64_t i = 0; i < k; i++) total += exp((c[i].x - best) / rule->temp);
+    double at = bnb__uniform(rule->seed, (uint64_t)step) * total;
+    for (int64_t i = 0; i < k; i++)
+        if ((at -= exp((c[i].x - best) / rule->temp)) < 0) return c[i].at;
+    return c[k - 1].at;
+}
+
+static uint64_t bnb__draw_ref_local(const bnb_tensor *y) {
+    int64_t n = y->src[0]->shape[1], k = y->params.draw.top_k;
+    return (uint64_t)(k > 0 ? BNB__MIN(k, n) : n) * sizeof(bnb__candidate);
+}
+
+static void bnb__draw_ref(const bnb__job *j, int32_t phase, int64_t t) {
+    const bnb_tensor *y = j->y;
+    int32_t step = ((const int32_t *)y->src[1]->plane[0])[t];
+    (void)phase;
+    ((int32_t *)y->plane[0])[t] = bnb_draw_row(bnb__row(y->src[0], t), y->src[0]->shape[1], &y->params.draw, step, j->local);
+}
+
 static int64_t bnb__set_rows_ref_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->src[1]->shape[0]; }
 
 static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
@@ -3885,6 +3993,7 @@ static const bnb__kernel bnb__reference_kernels[] = {
     {"silu_ref", BNB_OP_SILU, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__unary_ref},
     {"softmax_ref", BNB_OP_SOFTMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__softmax_ref},
     {"argmax_ref", BNB_OP_ARGMAX, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, NULL, bnb__argmax_ref},
+    {"draw_ref", BNB_OP_DRAW, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__tiles_rows, NULL, bnb__draw_ref_local, bnb__draw_ref},
     {"set_rows_ref", BNB_OP_SET_ROWS, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__set_rows_ref_tiles, NULL, NULL, bnb__set_rows_ref},
     {"attention_ref", BNB_OP_ATTENTION, -1, -1, BNB__ANY_M, 0, NULL, 1, bnb__attention_ref_tiles, NULL, bnb__attention_ref_local, bnb__attention_ref},
 };
@@ -4048,7 +4157,7 @@ static bnb_status bnb__cpu_copy(void *dev, void *dst, const void *src, uint64_t 
 }
 
 static const bnb_backend_api bnb__cpu_api = {
-    sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, NULL, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
+    sizeof(bnb_backend_api), "cpu", bnb__cpu_devices, bnb__cpu_open, bnb__cpu_close, NULL, NULL, bnb__cpu_alloc, bnb__cpu_free, bnb__cpu_copy,
     bnb__cpu_copy, NULL, NULL, NULL, NULL, NULL, bnb__cpu_compile, bnb__cpu_release, bnb__cpu_describe, bnb__cpu_run,
 };
 
@@ -4118,6 +4227,8 @@ bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err) {
 
 void bnb_backend_close(bnb_backend *b) { if (b) bnb__disown(&b->owned); }
 const char *bnb_backend_name(const bnb_backend *b) { return b->name; }
+
+bnb_status bnb_backend_sync(bnb_backend *b, bnb_error *err) { return b->api->sync ? b->api->sync(b->dev, err) : BNB_OK; }
 
 bnb_status bnb_backend_info(bnb_backend *b, int32_t measure, bnb_device_info *info, bnb_error *err) {
     memset(info, 0, sizeof *info);
@@ -4352,7 +4463,7 @@ static bnb_status bnb__plan_resolve(bnb_plan *p, bnb_error *err) {
     for (int32_t i = 0; i < g->n_leaves; i++) {
         const bnb_tensor *t = g->leaves[i];
         if (t->state != BNB_RESIDENT) return bnb_fail(err, BNB_E_ARG, "tensor '%s' has no memory: give it some with bnb_ctx_alloc or bnb_tensor_bind", t->name);
-        if (t->backend ? t->backend->api != p->backend->api || (!on_host && t->backend != p->backend) : !on_host)
+        if (t->backend ? t->backend->api != p->backend->api || (!on_host && strcmp(t->backend->name, p->backend->name)) : !on_host)
             return bnb_fail(err, BNB_E_DEVICE, "tensor '%s' is not in the memory of %s", t->name, p->backend->name);
     }
     for (int32_t i = 0; i < g->n_nodes; i++) {

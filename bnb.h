@@ -200,7 +200,8 @@ bnb_status bnb_ctx_status(const bnb_ctx *ctx, bnb_error *err);
 bnb_status bnb_ctx_alloc(bnb_ctx *ctx, bnb_backend *backend, bnb_error *err);
 /* A twin of a host tensor for a device: PLACED, which reserves nothing but fixes the layout that the device's kernels
  * want (bnb_plan_memory counts it), until bnb_tensor_upload gives it memory and the values of src, which is RESIDENT on
- * the host and shaped as it. compute_dtype: as in bnb_plan_params. On "cpu" the twin borrows src's memory. */
+ * the host and shaped as it; plain numbers for a quantized twin are quantized on the way (BNB_COMPAT_CUDA).
+ * compute_dtype: as in bnb_plan_params. On "cpu" the twin borrows src's memory, if nothing is to be quantized. */
 bnb_tensor *bnb_tensor_place(bnb_ctx *ctx, bnb_backend *backend, const bnb_tensor *like, int32_t compute_dtype);
 bnb_status bnb_tensor_upload(bnb_tensor *t, const bnb_tensor *src, bnb_error *err);
 /* The reverse, exactly: dst is RESIDENT on the host and gets every plane of src in the canonical layout. */
@@ -267,13 +268,14 @@ bnb_status bnb_tensor_check_finite(bnb_env *env, const bnb_tensor *t, bnb_error 
     X(13, SET_ROWS, "set_rows")  /* cache[rows[t]] = x[t]                                   */ \
     X(14, ATTENTION, "attention")                                                              \
     X(15, COLUMNS, "columns")    /* a view of some columns                                  */ \
-    X(16, ARGMAX, "argmax")      /* y[t] = where x[t] is largest                            */
+    X(16, ARGMAX, "argmax")      /* y[t] = where x[t] is largest                            */ \
+    X(17, DRAW, "draw")          /* y[t] = an index, drawn by the probabilities of x[t]     */
 
 enum {
 #define BNB_OP_ENUM(id, symbol, name) BNB_OP_##symbol = id,
     BNB_OPS(BNB_OP_ENUM)
 #undef BNB_OP_ENUM
-    BNB_OP_COUNT = 17
+    BNB_OP_COUNT = 18
 };
 
 const char *bnb_op_name(int32_t op);
@@ -310,6 +312,19 @@ bnb_tensor *bnb_columns(bnb_ctx *ctx, bnb_tensor *x, int64_t first, int64_t n);
 
 /* The first index of each row's largest number; -1 if the row has a NaN. -> i32 [T] */
 bnb_tensor *bnb_argmax(bnb_ctx *ctx, bnb_tensor *x);
+
+/* How an index is drawn from a row of logits: the top_k largest (0: all; of equals the first), of these the fewest whose
+ * probabilities reach top_p together, of these those with at least min_p times the largest probability, and of these one by
+ * exp(x / temp). temp 0: the largest. The draw depends on seed, step and x only. */
+typedef struct bnb_draw_rule {
+    float temp, top_p, min_p;
+    int32_t top_k;
+    uint64_t seed;
+} bnb_draw_rule;
+/* steps: i32 [T]. -1 for a row with a NaN or whose largest number is infinite. -> i32 [T] */
+bnb_tensor *bnb_draw(bnb_ctx *ctx, bnb_tensor *x, bnb_tensor *steps, const bnb_draw_rule *rule);
+/* The same for x [n] on the host. scratch: 8 min(top_k, n) bytes, 4-byte aligned (8 n if top_k is 0). */
+int32_t bnb_draw_row(const float *x, int64_t n, const bnb_draw_rule *rule, int32_t step, void *scratch);
 
 /* ---- [GRAPH] ---------------------------------------------------------------------------------------------------------*/
 
@@ -449,6 +464,9 @@ uint64_t bnb_hash64(const void *data, uint64_t bytes, uint64_t seed);       /* X
 bnb_backend *bnb_backend_open(bnb_env *env, const char *name, bnb_error *err); /* "auto": a GPU that works, else "cpu" */
 void bnb_backend_close(bnb_backend *backend);
 const char *bnb_backend_name(const bnb_backend *backend); /* "cpu" */
+/* Waits until everything that was asked of it is done, and reports what went wrong. Tensors of one device may be used by all
+ * its backends (one for each thread, say), once this was called by the one that filled them. */
+bnb_status bnb_backend_sync(bnb_backend *backend, bnb_error *err);
 
 typedef struct bnb_device_info {
     char description[128];           /* "NVIDIA H100 80GB HBM3, 132 multiprocessors, sm_90"; "" for the CPU            */
@@ -463,6 +481,7 @@ typedef union bnb_params {
     struct { float eps; } norm;
     struct { float factor; } scale;
     struct { int32_t n_head, n_head_kv; float scale; } attention;
+    bnb_draw_rule draw;
 } bnb_params;
 
 enum { BNB_FLAG_INPUT = 1, BNB_FLAG_OUTPUT = 2, BNB_FLAG_STATE = 4 };
@@ -492,12 +511,25 @@ typedef struct bnb_node_plan {
     uint64_t bytes; /* of its result in the arena; 0: it is never written, another kernel computes it on the way    */
 } bnb_node_plan;
 
+/* What a device needs to quantize as bnb_quantize does: the 4-bit rule of BNB_COMPAT_CUDA, which is a search (a number's
+ * code is code[how many bounds are below it]), and the second level of a double-quantized tensor: absmax f32 [nb] ->
+ * planes 1 to 3 of dst, which are host addresses, and its nested_offset. */
+typedef struct bnb_rule4 {
+    float bound[15];  /* ascending                    */
+    float nan;        /* what a NaN counts as         */
+    float smallest;   /* |a| below this counts as 0   */
+    uint8_t code[16]; /* rank -> code                 */
+} bnb_rule4;
+const bnb_rule4 *bnb_quant_rule4(int32_t type, int32_t compat);
+bnb_status bnb_quantize_absmax(bnb_env *env, const float *absmax, bnb_tensor *dst, int32_t compat, bnb_error *err);
+
 typedef struct bnb_backend_api {
     uint32_t struct_size;
     const char *name;                                                  /* "cuda" */
     int32_t (*device_count)(void);                                     /* 0 without a driver */
     void *(*open)(bnb_env *env, int32_t index, bnb_error *err);
     void (*close)(void *dev);
+    bnb_status (*sync)(void *dev, bnb_error *err);                     /* NULL: nothing is ever left undone */
     bnb_status (*info)(void *dev, int32_t measure, bnb_device_info *info, bnb_error *err); /* NULL: nothing to say */
     void *(*alloc)(void *dev, uint64_t bytes, bnb_error *err);         /* device memory, 256-byte aligned */
     void (*free)(void *dev, void *ptr, uint64_t bytes);

@@ -20,7 +20,7 @@ struct Options {
     cli::SyntheticOptions synthetic;
     std::string batch = "1", shape = "4096,4096";
     int64_t n_prompt = 512, n_gen = 128, reps = 5;
-    bool ops = false;
+    bool ops = false, profile = false;
 };
 
 cli::Program program(Options &o) {
@@ -37,6 +37,7 @@ cli::Program program(Options &o) {
                       {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
                       {"-b, --batch", "LIST", &o.batch, "sequences that a model decodes together (one number); --ops: rows of a product"},
                       {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
+                      {"--profile", "", &o.profile, "also print where the time of one token goes, kernel by kernel"},
                       {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
                       {"--shape", "N,K", &o.shape, "of W with --ops"}} +
             cli::Rows{cli::heading("Other")} + o.common.rows(),
@@ -190,7 +191,7 @@ struct Result {
     uint64_t bytes_token, peak;
     double bandwidth; // bytes per second
     int64_t batch;    // sequences that read the weights together
-    std::string device;
+    std::string device, profile;
     uint64_t device_peak, device_planned;
 
     double used() const { return double(bytes_token) * decode.median / double(batch); }
@@ -222,9 +223,15 @@ Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s, 
     const uint64_t peak = cli::peak_bytes(); // before the bandwidth buffer
     bnb_device_info device, limit;
     bnb_memory planned;
+    std::string profile(1 << 14, '\0');
+    size_t length = 1;
+    if (o.profile) cli::need(bnb_session_profile(session.get(), &profile[0], profile.size(), &length, &err), err);
+    profile.resize(std::min(profile.size(), length) - 1);
     bnb_backend *backend = bnb_model_backend(model);
     bnb_session_memory(session.get(), &planned);
-    cli::need(bnb_backend_info(backend, 0, &device, &err), err);
+    cli::need(bnb_backend_info(bnb_session_backend(session.get()), 0, &device, &err), err);
+    cli::need(bnb_backend_info(backend, 0, &limit, &err), err);
+    device.peak_bytes += limit.used_bytes; // the session's, while the weights were there
     cli::need(bnb_backend_info(backend, 1, &limit, &err), err);
     return {info,
             bnb_model_compute(model),
@@ -237,6 +244,7 @@ Result measure(const Options &o, bnb_env *env, bnb_model *model, double load_s, 
             limit.read_bandwidth > 0 ? limit.read_bandwidth : read_bandwidth(env),
             batch,
             device.description,
+            profile,
             device.peak_bytes,
             planned.weights + planned.state + planned.work};
 }
@@ -261,7 +269,7 @@ void print_model(const Options &o, const std::string &name, const Result &r) {
     if (o.n_gen)
         row("decode reads", cli::format("%.3f GB of weights per step, %.2f GB/s, %.1f %% of that",
                                         double(r.bytes_token) / 1e9, r.used() / 1e9, r.percent()));
-    cli::print(out);
+    cli::print(out + r.profile);
 }
 
 void print_model_json(const Options &o, const std::string &name, const Result &r) {
@@ -304,7 +312,6 @@ void bench_model(const Options &o, const cli::Given &given, bnb_env *env) {
 struct Products { // y [M, N] = x [M, K] W [N, K]^T, several times in one plan, each with its own W
     cli::Ctx ctx;
     cli::Plan plan;
-    bnb_tensor *wait; // a result: reading it waits for the device
 };
 
 struct Bench {
@@ -393,7 +400,6 @@ Products Bench::products(int64_t m, size_t copies) const {
     cli::need(bnb_tensor_write(x, 0, values.data(), values.size() * sizeof(float), &err), err);
     values.assign(size_t(m * n), 0.5f);
     cli::need(bnb_tensor_write(sum, 0, values.data(), values.size() * sizeof(float), &err), err);
-    p.wait = ys[0];
     return p;
 }
 
@@ -421,11 +427,10 @@ double Bench::seconds(int64_t m, std::string *kernel) const {
     for (int64_t rep = 0; rep <= o.reps; rep++) { // rep 0 warms up
         const double start = cli::now();
         size_t runs = 0;
-        float one;
         do { // for at least 0.1 s
             for (int i = 0; i < 8; i++) cli::need(bnb_plan_run(p.plan.get(), &err), err);
             runs += 8 * copies;
-            cli::need(bnb_tensor_read(p.wait, 0, &one, sizeof one, &err), err);
+            cli::need(bnb_backend_sync(backend.get(), &err), err);
             cli::stop_if_interrupted();
         } while (cli::now() - start < 0.1);
         if (rep) times.push_back((cli::now() - start) / double(runs));

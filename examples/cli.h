@@ -539,6 +539,7 @@ private:
 
 struct ModelOptions {
     std::string path, device = "auto", device_map = "auto", compute = "auto", kv_type = "auto", outlier_rule;
+    int64_t n_batch = 0;
     bool no_mmap = false, mlock = false;
 
     Rows row_path() {
@@ -554,6 +555,7 @@ struct ModelOptions {
              "type of the KV cache; auto: f32 if the weights are f32, else f16"},
             {"--outlier-rule", "column|row", &outlier_rule,
              "int8: an outlier takes its column out for all rows, or only for its own (default: what the model says)"},
+            {"-ub, --ubatch-size", "N", &n_batch, "prompt tokens evaluated at once; 0: 512, on a GPU 2048", 0, 1 << 20},
             {"--no-mmap", "", &no_mmap, "read the file into memory instead of mapping it"},
             {"--mlock", "", &mlock, "keep the weights' pages in memory"},
         };
@@ -564,6 +566,7 @@ struct ModelOptions {
             usage("--device-map: '" + device_map + "' is not offered yet, only auto and cpu are");
         bnb_model_params p;
         bnb_model_params_default(&p, sizeof p);
+        p.n_batch = int32_t(n_batch);
         p.no_mmap = no_mmap;
         p.mlock = mlock;
         p.device = device_map == "cpu" ? "cpu" : device.c_str();

@@ -30,6 +30,9 @@ template <class T> T params_read(const T *given, void (*defaults)(T *, uint32_t)
     return p;
 }
 
+// What of the sampling settings is a draw: all but the repetition penalty.
+bnb_draw_rule draw_rule(const bnb_sampling &sampling);
+
 // The border between C++ and the C API: nothing is thrown across it.
 template <class F, class R> R guarded(bnb_error *err, R on_failure, F f) {
     try {

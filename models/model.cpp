@@ -4,7 +4,9 @@
 // Not:   no file format but .bnb (checkpoint.cpp reads the others), no batch of several sequences yet.
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <list>
+#include <map>
 
 #include "arch.h"
 
@@ -225,6 +227,8 @@ using namespace bnb;
 
 struct FreeCtx { void operator()(bnb_ctx *c) const { bnb_ctx_free(c); } };
 struct FreePlan { void operator()(bnb_plan *p) const { bnb_plan_free(p); } };
+struct FreeBackend { void operator()(bnb_backend *b) const { bnb_backend_close(b); } };
+using Backend = std::unique_ptr<bnb_backend, FreeBackend>;
 using Ctx = std::unique_ptr<bnb_ctx, FreeCtx>;
 using Plan = std::unique_ptr<bnb_plan, FreePlan>;
 
@@ -297,7 +301,7 @@ bool upload_weights(bnb_model &m, bnb_error *err) {
         bnb_fail(err, BNB_E_CANCELLED, "uploading the weights was cancelled");
         return false;
     }
-    return true;
+    return bnb_backend_sync(m.backend, err) == BNB_OK; // sessions read them through backends of their own
 }
 
 void override_int8(bnb_model &m) {
@@ -328,20 +332,29 @@ bool caches_create(const bnb_model &m, int64_t n_ctx, Caches *out, bnb_error *er
     return bnb_ctx_status(out->ctx.get(), err) == BNB_OK;
 }
 
-// A graph for T tokens, with its plan and the inputs that a run sets. greedy: it ends in the likeliest tokens and feeds
-// them back, so that the next run continues every sequence by one token with no input from the host.
-struct Step {
+// What a step does beside computing logits. With a rule it also draws the next tokens and feeds them back, so that the
+// next run continues every sequence by one token with no input from the host.
+struct StepKind {
     int64_t n_tokens, n_out;
-    bool greedy;
-    Ctx ctx;
-    Plan plan; // declared after ctx: freed before it
-    bnb_tensor *ids, *positions, *rows, *span, *out, *logits, *next;
+    bool draws;
+    bnb_draw_rule rule;
+    bool operator==(const StepKind &o) const {
+        return n_tokens == o.n_tokens && n_out == o.n_out && draws == o.draws &&
+               (!draws || (rule.temp == o.rule.temp && rule.top_p == o.rule.top_p && rule.min_p == o.rule.min_p && rule.top_k == o.rule.top_k && rule.seed == o.rule.seed));
+    }
 };
 
-bool step_create(const bnb_model &m, const Caches &caches, int64_t n_tokens, int64_t n_out, bool greedy, Step *s, bnb_error *err) {
-    s->n_tokens = n_tokens;
-    s->n_out = n_out;
-    s->greedy = greedy;
+// A graph for T tokens, with its plan and the inputs that a run sets.
+struct Step {
+    StepKind kind;
+    Ctx ctx;
+    Plan plan; // declared after ctx: freed before it
+    bnb_tensor *ids, *positions, *rows, *span, *out, *steps, *logits, *next;
+};
+
+bool step_create(const bnb_model &m, bnb_backend *backend, const Caches &caches, const StepKind &kind, Step *s, bnb_error *err) {
+    const int64_t n_tokens = kind.n_tokens, n_out = kind.n_out;
+    s->kind = kind;
     s->ctx.reset(bnb_ctx_create(m.env, err));
     if (!s->ctx) return false;
     bnb_ctx *c = s->ctx.get();
@@ -353,16 +366,16 @@ bool step_create(const bnb_model &m, const Caches &caches, int64_t n_tokens, int
     s->out = n_out == n_tokens ? nullptr : bnb_input(c, BNB_I32, 1, &n_out, "output rows");
     Build b = {c, m.source.config, m.weights, s->ids, s->positions, s->rows, s->span, s->out, caches.k, caches.v};
     s->logits = m.arch->build(b);
-    s->next = greedy ? bnb_argmax(c, s->logits) : nullptr;
-    bnb_graph *g = bnb_graph_create(c, greedy ? &s->next : &s->logits, 1, err);
+    s->steps = kind.draws && kind.rule.temp > 0 ? bnb_input(c, BNB_I32, 1, &n_tokens, "steps") : nullptr;
+    s->next = !kind.draws ? nullptr : s->steps ? bnb_draw(c, s->logits, s->steps, &kind.rule) : bnb_argmax(c, s->logits);
+    bnb_graph *g = bnb_graph_create(c, kind.draws ? &s->next : &s->logits, 1, err);
     if (!g) return false;
     bnb_plan_params p;
     bnb_plan_params_default(&p, sizeof p);
     p.compute_dtype = m.params.compute_dtype;
-    if (greedy)
-        for (const bnb_feed &feed : {bnb_feed{s->next, s->ids, {0, 0}}, {s->positions, s->positions, {1, 1}}, {s->rows, s->rows, {1, 1}}, {s->span, s->span, {0, 1}}})
-            p.feeds[p.n_feeds++] = feed;
-    s->plan.reset(bnb_plan_create(m.backend, g, &p, err));
+    for (const bnb_feed &feed : {bnb_feed{s->next, s->ids, {0, 0}}, {s->positions, s->positions, {1, 1}}, {s->rows, s->rows, {1, 1}}, {s->span, s->span, {0, 1}}, {s->steps, s->steps, {1, 1}}})
+        if (kind.draws && feed.from) p.feeds[p.n_feeds++] = feed;
+    s->plan.reset(bnb_plan_create(backend, g, &p, err));
     return s->plan != nullptr;
 }
 
@@ -374,7 +387,7 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
     bool bf16 = false;
     for (int64_t rows : {int64_t{1}, std::min<int64_t>(m.params.n_batch, n_ctx)}) {
         Step s;
-        if (!step_create(m, caches, rows, 1, false, &s, err)) return false;
+        if (!step_create(m, m.backend, caches, {rows, 1, false, {}}, &s, err)) return false;
         bnb_memory one;
         bnb_plan_memory(s.plan.get(), &one);
         *out = {one.weights, one.state, out->work + one.work};
@@ -405,7 +418,6 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
     fill_info(*m);
     override_int8(*m);
     bnb_model_params &p = m->params;
-    if (p.n_batch < 1) p.n_batch = 1;
     if (p.kv_type < 0) p.kv_type = m->info.linear_type == BNB_F32 ? BNB_F32 : BNB_F16;
     if (p.kv_type != BNB_F16 && p.kv_type != BNB_F32) {
         bnb_fail(err, BNB_E_TYPE, "the KV cache can be f16 or f32, not type %d", static_cast<int>(p.kv_type));
@@ -413,6 +425,7 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
     }
     m->backend = bnb_backend_open(env, p.device ? p.device : "auto", err);
     if (!m->backend || (!on_cpu(*m) && !place_weights(*m, err))) return nullptr;
+    if (p.n_batch < 1) p.n_batch = on_cpu(*m) ? 512 : 2048;
     bnb_memory memory;
     if (!measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) return nullptr;
     bool meta = std::any_of(m->source.tensors.begin(), m->source.tensors.end(), [](const bnb_tensor *t) { return bnb_tensor_state(t) == BNB_META; });
@@ -444,7 +457,7 @@ bnb_model *open_file(bnb_env *env, bnb_file *raw, const bnb_model_params *params
 } // namespace
 
 void bnb_model_params_default(bnb_model_params *p, uint32_t struct_size) {
-    params_write(p, struct_size, bnb_model_params{struct_size, 0, 0, BNB_COMPUTE_AUTO, -1, 512, -1.0f, -1, nullptr});
+    params_write(p, struct_size, bnb_model_params{struct_size, 0, 0, BNB_COMPUTE_AUTO, -1, 0, -1.0f, -1, nullptr});
 }
 
 bnb_model *bnb_model_open(bnb_env *env, const char *path, const bnb_model_params *params, bnb_error *err) {
@@ -534,7 +547,8 @@ int32_t bnb_model_is_eos(const bnb_model *m, int32_t id) {
 struct bnb_session {
     bnb_model *model;
     int64_t n_ctx;               // of each sequence; sequence i has the cache rows from i * n_ctx on
-    Caches caches;
+    Backend backend;             // the model's device, for this session's thread
+    Caches caches;               // declared after backend: freed before it
     std::list<Step> steps;       // most recently used first
     std::vector<std::vector<int32_t>> sequences; // tokens whose keys and values are in the cache
     std::vector<float> logits;   // [n_vocab] after the last token that was evaluated
@@ -546,17 +560,17 @@ namespace {
 // Plans are kept for the sizes in use: decoding in two ways, full prompt batches, and the last odd one.
 enum { MAX_STEPS = 4 };
 
-Step *step_find(bnb_session &s, int64_t n_tokens, int64_t n_out, bool greedy, bnb_error *err) {
+Step *step_find(bnb_session &s, const StepKind &kind, bnb_error *err) {
     for (auto it = s.steps.begin(); it != s.steps.end(); ++it)
-        if (it->n_tokens == n_tokens && it->n_out == n_out && it->greedy == greedy) {
+        if (it->kind == kind) {
             s.steps.splice(s.steps.begin(), s.steps, it);
             return &s.steps.front();
         }
     Step fresh;
-    if (!step_create(*s.model, s.caches, n_tokens, n_out, greedy, &fresh, err)) return nullptr;
+    if (!step_create(*s.model, s.backend.get(), s.caches, kind, &fresh, err)) return nullptr;
     while (s.steps.size() >= MAX_STEPS) {
         auto victim = std::prev(s.steps.end());
-        if (victim->n_tokens == 1) --victim; // decoding is used again whatever came between
+        if (victim->kind.n_tokens == 1) --victim; // decoding is used again whatever came between
         s.steps.erase(victim);
     }
     s.steps.push_front(std::move(fresh));
@@ -589,7 +603,7 @@ bnb_status evaluate(bnb_session &s, size_t sequence, const int32_t *tokens, int6
     for (int64_t at = 0; at < n;) {
         int64_t T = std::min<int64_t>(n - at, s.model->params.n_batch), begin = static_cast<int64_t>(have.size());
         bool wanted = all || at + T == n;
-        Step *step = step_find(s, T, all ? T : 1, false, err);
+        Step *step = step_find(s, {T, all ? T : 1, false, {}}, err);
         if (!step) return err ? err->code : bnb_status{BNB_E_NOMEM};
         StepInput in;
         for (int64_t t = 0; t < T; t++) in.add(s, sequence, begin + t, tokens[at + t]);
@@ -624,22 +638,28 @@ bnb_status check_tokens(const bnb_session &s, const int32_t *tokens, int64_t n, 
     return BNB_OK;
 }
 
-// Greedy decoding of one or more sequences: the device picks every token and feeds it back; the host follows one step
+// Decoding of one or more sequences without the host: the device draws every token and feeds it back; the host follows one step
 // behind, so that the device never waits for it. Before the first step each sequence's last token has not been evaluated.
-class GreedyLoop {
+class DrawLoop {
 public:
     // last: [n_seq] tokens to go on from. limit: steps that may be taken.
-    bnb_status start(bnb_session &s, const std::vector<int32_t> &last, int64_t limit, bnb_error *err) {
+    bnb_status start(bnb_session &s, const std::vector<int32_t> &last, int64_t limit, const bnb_draw_rule &rule, bnb_error *err) {
         s_ = &s;
         fed_ = last;
         limit_ = limit;
         int64_t n_seq = static_cast<int64_t>(last.size());
-        step_ = step_find(s, n_seq, n_seq, true, err);
+        step_ = step_find(s, {n_seq, n_seq, true, rule}, err);
         if (!step_) return err ? err->code : bnb_status{BNB_E_NOMEM};
         StepInput in;
-        for (size_t i = 0; i < last.size(); i++) in.add(s, i, static_cast<int64_t>(s.sequences[i].size()), last[i]);
+        std::vector<int32_t> steps; // tokens before the one that is drawn, as bnb_sample counts them
+        for (size_t i = 0; i < last.size(); i++) {
+            in.add(s, i, static_cast<int64_t>(s.sequences[i].size()), last[i]);
+            steps.push_back(static_cast<int32_t>(s.sequences[i].size()) + 1);
+        }
         s.has_logits = false;
-        return in.write(*step_, err);
+        bnb_status status = in.write(*step_, err);
+        if (!status && step_->steps) status = bnb_tensor_write(step_->steps, 0, steps.data(), steps.size() * sizeof(int32_t), err);
+        return status;
     }
     // ids: [n_seq], the tokens that follow those of the step before.
     bnb_status next(int32_t *ids, bnb_error *err) {
@@ -686,13 +706,15 @@ bnb_session *bnb_session_create_batch(bnb_model *m, int64_t n_ctx, int32_t n_seq
         s->n_ctx = n_ctx;
         s->sequences.resize(static_cast<size_t>(n_seq));
         s->logits.resize(static_cast<size_t>(c.n_vocab));
-        if (!caches_create(*m, n_ctx * n_seq, &s->caches, err) || bnb_ctx_alloc(s->caches.ctx.get(), m->backend, err)) return nullptr;
+        s->backend.reset(bnb_backend_open(m->env, bnb_backend_name(m->backend), err));
+        if (!s->backend || !caches_create(*m, n_ctx * n_seq, &s->caches, err) || bnb_ctx_alloc(s->caches.ctx.get(), s->backend.get(), err)) return nullptr;
         return s.release();
     });
 }
 
 void bnb_session_free(bnb_session *s) { delete s; }
 int64_t bnb_session_n_ctx(const bnb_session *s) { return s->n_ctx; }
+bnb_backend *bnb_session_backend(const bnb_session *s) { return s->backend.get(); }
 
 bnb_status bnb_session_sync(bnb_session *s, const int32_t *tokens, int64_t n, bnb_error *err) {
     if (bnb_status status = check_tokens(*s, tokens, n, err)) return status;
@@ -723,6 +745,46 @@ bnb_status bnb_session_logits_all(bnb_session *s, const int32_t *tokens, int64_t
 const int32_t *bnb_session_tokens(const bnb_session *s, int64_t *n) {
     *n = static_cast<int64_t>(s->sequences[0].size());
     return s->sequences[0].data();
+}
+
+bnb_status bnb_session_profile(bnb_session *s, char *out, size_t cap, size_t *length, bnb_error *err) {
+    if (s->sequences[0].empty()) return bnb_fail(err, BNB_E_ARG, "there is no token to evaluate");
+    return guarded(err, bnb_status{BNB_E_NOMEM}, [&]() -> bnb_status {
+        Step *step = step_find(*s, {1, 1, false, {}}, err);
+        if (!step) return err ? err->code : bnb_status{BNB_E_NOMEM};
+        StepInput in;
+        in.add(*s, 0, static_cast<int64_t>(s->sequences[0].size()) - 1, s->sequences[0].back());
+        std::map<std::string, std::pair<double, int>> kernels; // seconds, calls
+        bnb_status status = bnb_plan_profile(step->plan.get(), 1, err);
+        for (int run = 0; run < 9 && !status; run++) { // the first one warms up
+            status = in.write(*step, err);
+            if (!status) status = bnb_plan_run(step->plan.get(), err);
+            const double *times = bnb_plan_times(step->plan.get());
+            std::string text(bnb_plan_describe(step->plan.get(), nullptr, 0) + 1, '\0');
+            bnb_plan_describe(step->plan.get(), &text[0], text.size());
+            size_t at = 0;
+            for (size_t i = 0; run && !status && at < text.size() - 1; i++, at = text.find('\n', at) + 1) {
+                char name[64] = "";
+                std::sscanf(text.c_str() + at, "%*s %*s %63s", name);
+                kernels[name].first += times[i] / 8;
+                kernels[name].second += run == 1 && times[i] > 0;
+            }
+        }
+        (void)bnb_plan_profile(step->plan.get(), 0, nullptr);
+        if (status) return status;
+        std::vector<std::pair<double, std::string>> lines;
+        for (auto &k : kernels) {
+            char line[128];
+            std::snprintf(line, sizeof line, "%10.1f us %5d x %s\n", 1e6 * k.second.first, k.second.second, k.first.c_str());
+            if (k.second.second) lines.push_back({-k.second.first, line});
+        }
+        std::sort(lines.begin(), lines.end());
+        std::string text;
+        for (auto &l : lines) text += l.second;
+        *length = text.size() + 1;
+        if (cap) std::snprintf(out, cap, "%s", text.c_str());
+        return BNB_OK;
+    });
 }
 
 void bnb_session_memory(const bnb_session *s, bnb_memory *out) {
@@ -791,8 +853,10 @@ bnb_status generate(bnb_session &s, const int32_t *prompt, int64_t n_prompt, con
     r->prompt_s = now() - start;
     if (status) return status;
 
-    const bool greedy = p.sampling.temp <= 0 && p.sampling.repeat_penalty == 1.0f && s.sequences.size() == 1;
-    GreedyLoop loop;
+    const bnb_draw_rule rule = draw_rule(p.sampling);
+    // On the device, unless the settings look back, or need a sort of the whole vocabulary.
+    const bool draws = (p.sampling.repeat_penalty == 1.0f || p.sampling.repeat_last_n == 0) && (rule.temp <= 0 || (rule.top_k > 0 && rule.top_k <= 256)) && s.sequences.size() == 1;
+    DrawLoop loop;
     StopFinder stops(p);
     Utf8Stream utf8;
     auto show = [&](const std::string &text) { return text.empty() || !p.on_text || p.on_text(p.user, text.data(), text.size()); };
@@ -800,7 +864,7 @@ bnb_status generate(bnb_session &s, const int32_t *prompt, int64_t n_prompt, con
     while (p.n_predict < 0 || r->n_generated < p.n_predict) {
         int64_t n_vocab, n_have = static_cast<int64_t>(tokens.size());
         int32_t id;
-        if (greedy && r->n_generated > 0) {
+        if (draws && r->n_generated > 0) {
             if ((status = loop.next(&id, err))) return status;
         } else {
             const float *logits = bnb_session_logits(&s, &n_vocab);
@@ -829,8 +893,8 @@ bnb_status generate(bnb_session &s, const int32_t *prompt, int64_t n_prompt, con
             break;
         }
         if (r->n_generated == p.n_predict) break;
-        if (!greedy) status = bnb_session_sync(&s, tokens.data(), n_have + 1, err);
-        else if (r->n_generated == 1) status = loop.start(s, {id}, p.n_predict < 0 ? s.n_ctx - n_have : std::min(p.n_predict - 1, s.n_ctx - n_have), err);
+        if (!draws) status = bnb_session_sync(&s, tokens.data(), n_have + 1, err);
+        else if (r->n_generated == 1) status = loop.start(s, {id}, p.n_predict < 0 ? s.n_ctx - n_have : std::min(p.n_predict - 1, s.n_ctx - n_have), rule, err);
         if (status) return status;
         r->generate_s = now() - start;
     }
@@ -885,8 +949,8 @@ bnb_status bnb_generate_batch(bnb_session *s, const int32_t *const *prompts, con
         }
         r.prompt_s = now() - start;
         start = now();
-        GreedyLoop loop;
-        bnb_status status = n_predict > 1 ? loop.start(*s, ids, n_predict - 1, err) : BNB_OK;
+        DrawLoop loop;
+        bnb_status status = n_predict > 1 ? loop.start(*s, ids, n_predict - 1, draw_rule(likeliest), err) : BNB_OK;
         for (int64_t t = 1; t < n_predict && !status; t++) {
             status = loop.next(ids.data(), err);
             for (size_t i = 0; i < n_seq && !status; i++) out[i * static_cast<size_t>(n_predict) + static_cast<size_t>(t)] = ids[i];

@@ -28,7 +28,7 @@ typedef struct bnb_model_params {
     int32_t mlock;         /* 1: keep the pages in memory                                                            */
     int32_t compute_dtype; /* BNB_COMPUTE_AUTO, BNB_F32; BNB_BF16 on a CPU, BNB_F16 on a GPU                         */
     int32_t kv_type;       /* BNB_F16, BNB_F32; -1: f32 if the weights are f32, else f16                             */
-    int32_t n_batch;       /* prompt tokens evaluated at once: 512                                                   */
+    int32_t n_batch;       /* prompt tokens evaluated at once; 0: 512, on a GPU 2048                                 */
     float threshold;       /* int8 outlier threshold; negative: the file's                                           */
     int32_t outlier_rule;  /* BNB_OUTLIER_*; -1: the file's                                                          */
     const char *device;    /* "cpu", "cuda", "cuda:1", "hip"; NULL, "auto": the first GPU that works, else the CPU   */
@@ -88,8 +88,13 @@ const float *bnb_session_logits(const bnb_session *s, int64_t *n_vocab); /* f32 
 /* Evaluates tokens [n] from an empty cache and writes the logits after each of them: f32 [n, n_vocab]. */
 bnb_status bnb_session_logits_all(bnb_session *s, const int32_t *tokens, int64_t n, float *logits, bnb_error *err);
 int64_t bnb_session_n_ctx(const bnb_session *s);
+bnb_backend *bnb_session_backend(const bnb_session *s); /* the model's device once more, for the session's thread */
 const int32_t *bnb_session_tokens(const bnb_session *s, int64_t *n); /* the conversation */
 void bnb_session_memory(const bnb_session *s, bnb_memory *out);
+/* Where the time of one more token goes: evaluates it (again) with every node timed, and writes a line per kernel:
+ * microseconds, calls, name. At most cap bytes with the NUL; *length: what all of it needs. The conversation must not
+ * be empty and is not changed. */
+bnb_status bnb_session_profile(bnb_session *s, char *out, size_t cap, size_t *length, bnb_error *err);
 
 /* ---- sampling -----------------------------------------------------------------------------------------------------*/
 

@@ -55,7 +55,7 @@ TEST_CASE("abi: ids, names and bits never change") {
     for (const char *name : {"", "F32", "nf", "nf44", "float32"}) CHECK(bnb_type_from_name(name) == -1);
     CHECK(bnb_type_from_name(nullptr) == -1);
 
-    const std::vector<std::string> ops = {"none", "embed", "linear", "layer_norm", "rms_norm", "add", "mul", "scale", "gelu", "gelu_tanh", "relu", "silu", "softmax", "set_rows", "attention", "columns", "argmax"};
+    const std::vector<std::string> ops = {"none", "embed", "linear", "layer_norm", "rms_norm", "add", "mul", "scale", "gelu", "gelu_tanh", "relu", "silu", "softmax", "set_rows", "attention", "columns", "argmax", "draw"};
     CHECK(ops.size() == BNB_OP_COUNT);
     for (size_t i = 0; i < ops.size(); i++) CHECK(op_name(static_cast<int32_t>(i)) == ops[i]);
 }

@@ -197,6 +197,38 @@ TEST_SUITE("backend") {
         }
     }
 
+    TEST_CASE("backend: draws are the same on every device") {
+        Env env(2);
+        for (uint64_t seed = 0; seed < 40; seed++) {
+            Rng rng(seed);
+            const int64_t T = rng.range(1, 5), C = seed % 4 ? rng.range(1, 3000) : 50257;
+            Floats v = rng.normals(T * C, 2);
+            if (seed % 3 == 0)
+                for (float &x : v) x = std::round(x); // many equals
+            if (seed % 7 == 0) v[static_cast<size_t>(rng.range(0, T * C - 1))] = std::nanf("");
+            if (seed % 11 == 0) v[static_cast<size_t>(rng.range(0, T * C - 1))] = -INFINITY;
+            bnb_draw_rule rule = {rng.chance(0.2) ? 0.0f : 0.8f, rng.chance(0.5) ? 1.0f : 0.9f, rng.chance(0.5) ? 0.0f : 0.1f, static_cast<int32_t>(rng.range(1, 256)), rng.next()};
+            std::vector<int32_t> steps, expected;
+            std::vector<int64_t> scratch(256);
+            for (int64_t t = 0; t < T; t++) {
+                steps.push_back(static_cast<int32_t>(rng.range(0, 2000)));
+                expected.push_back(bnb_draw_row(v.data() + t * C, C, &rule, steps.back(), scratch.data()));
+            }
+            for (Device &d : devices(env)) {
+                Net net(env, d.backend.get());
+                bnb_tensor *y = bnb_draw(net.ctx, net.input({T, C}, v), net.ids({T}, steps, "steps"), &rule);
+                net.prepare({y});
+                for (int run = 0; run < 2; run++) {
+                    std::vector<int32_t> got(static_cast<size_t>(T));
+                    bnb_error err = {};
+                    net.again();
+                    REQUIRE(bnb_tensor_read(y, 0, got.data(), got.size() * 4, &err) == BNB_OK);
+                    CHECK_MESSAGE(got == expected, d.name, " seed ", seed);
+                }
+            }
+        }
+    }
+
     TEST_CASE("backend: a plan feeds itself") {
         Env env(2);
         for (Device &d : devices(env)) { // a chain of lookups: each id picks the row whose largest entry is the next id
@@ -289,6 +321,44 @@ TEST_SUITE("backend") {
                     }
                 }
                 CHECK(bnb_generate_batch(together.get(), list.data(), lengths.data(), 15, out.data(), &r, &err) == BNB_E_LIMIT);
+            }
+        }
+    }
+
+    TEST_CASE("backend: quantizing on the way to a device gives bnb_quantize's codes") {
+        Env env(2);
+        for (Device &d : devices(env)) {
+            if (!d.backend) continue;
+            for (uint64_t seed = 0; seed < 90; seed++) {
+                Rng rng(seed);
+                bnb_error err = {};
+                const int32_t type = std::vector<int32_t>{BNB_NF4, BNB_FP4, BNB_INT8}[seed % 3], from = std::vector<int32_t>{BNB_F16, BNB_F32, BNB_BF16}[seed / 3 % 3];
+                bnb_quant q = bnb_quant_default(type);
+                q.blocksize = rng.pick(std::vector<int32_t>{32, 64, 256, 4096});
+                q.double_quant = type != BNB_INT8 && rng.chance(0.5);
+                const Shape shape = {rng.range(1, 60), rng.chance(0.5) ? rng.range(1, 9) * 64 : rng.range(1, 300)};
+                Floats v = rng.normals(count(shape));
+                if (rng.chance(0.3)) std::fill_n(v.begin(), std::min<int64_t>(count(shape), 200), 0.0f); // blocks and rows of zeros
+                if (rng.chance(0.2)) v[static_cast<size_t>(rng.range(0, count(shape) - 1))] = std::nanf("");
+                if (rng.chance(0.2)) v[static_cast<size_t>(rng.range(0, count(shape) - 1))] = INFINITY;
+                if (rng.chance(0.2)) v[static_cast<size_t>(rng.range(0, count(shape) - 1))] = 1e-41f;
+                Net net(env);
+                bnb_tensor *source = net.weight(from, shape, v, nullptr, "source"), *want = net.weight(type, shape, v, &q, "want"), *got = net.weight(type, shape, Floats(v.size(), 1), &q, "got");
+                net.prepare({bnb_relu(net.ctx, net.input({1, 1}, {0}))});
+                REQUIRE(bnb_quantize(env, source, want, BNB_COMPAT_CUDA, &err) == BNB_OK);
+                Ctx on_device(bnb_ctx_create(env, &err));
+                bnb_tensor *t = bnb_tensor_place(on_device.get(), d.backend.get(), want, seed % 2 ? int32_t{BNB_F32} : int32_t{BNB_COMPUTE_AUTO});
+                REQUIRE(t);
+                bnb_status status = bnb_tensor_upload(t, source, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                status = bnb_tensor_download(t, got, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                CHECK(std::memcmp(&got->quant.nested_offset, &want->quant.nested_offset, 4) == 0);
+                CHECK(got->quant.dtype == from);
+                for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+                    uint64_t bytes = bnb_plane_bytes(type, &q, 2, shape.data(), p);
+                    if (bytes) CHECK_MESSAGE(std::memcmp(bnb_tensor_plane(got, p), bnb_tensor_plane(want, p), bytes) == 0, type_name(type), " from ", type_name(from), " plane ", p, " seed ", seed);
+                }
             }
         }
     }

@@ -337,6 +337,30 @@ Case argmax_case(Net &net, Rng &rng, int64_t T) {
     return {bnb_argmax(net.ctx, x.tensor), want, 0};
 }
 
+// What a draw leaves over, by sorting everything; the draw itself is looked at in test_backend.cpp and by the sampler's tests.
+Case draw_case(Net &net, Rng &rng, int64_t T) {
+    Rows x = rows_of(net, rng, T, draw_C(rng), 3);
+    bnb_draw_rule rule = {rng.chance(0.3) ? 0.0f : 0.7f, rng.chance(0.5) ? 1.0f : 0.8f, rng.chance(0.5) ? 0.0f : 0.05f, static_cast<int32_t>(rng.range(0, 12)), rng.next()};
+    std::vector<int32_t> steps;
+    for (int64_t t = 0; t < T; t++) steps.push_back(static_cast<int32_t>(rng.range(0, 1000)));
+    auto want = [=] {
+        Doubles y;
+        for (int64_t t = 0; t < T; t++) {
+            Floats row;
+            for (int64_t c = 0; c < x.values.columns; c++) row.push_back(static_cast<float>(x.values.at(t, c)));
+            std::vector<int64_t> scratch(row.size());
+            int32_t id = bnb_draw_row(row.data(), static_cast<int64_t>(row.size()), &rule, steps[static_cast<size_t>(t)], scratch.data());
+            int64_t better = 0;
+            for (float v : row) better += v > row[static_cast<size_t>(id)];
+            CHECK(better < (rule.temp <= 0 ? 1 : rule.top_k > 0 ? rule.top_k : static_cast<int64_t>(row.size())));
+            if (rule.temp > 0 && rule.min_p > 0) CHECK(static_cast<double>(row[static_cast<size_t>(id)]) >= static_cast<double>(*std::max_element(row.begin(), row.end())) + std::log(0.05) - 1e-5);
+            y.push_back(id);
+        }
+        return y;
+    };
+    return {bnb_draw(net.ctx, x.tensor, net.ids({T}, steps, "steps"), &rule), want, 0};
+}
+
 // type: of the weight, table, cache, or second operand.
 Case make_case(int32_t op, Net &net, Rng &rng, int32_t type, int64_t T) {
     switch (op) {
@@ -356,6 +380,7 @@ Case make_case(int32_t op, Net &net, Rng &rng, int32_t type, int64_t T) {
     case BNB_OP_ATTENTION: return attention_case(net, rng, type, T);
     case BNB_OP_COLUMNS: return columns_case(net, rng, T);
     case BNB_OP_ARGMAX: return argmax_case(net, rng, T);
+    case BNB_OP_DRAW: return draw_case(net, rng, T);
     default: FAIL("this op has no test: ", op_name(op)); return {};
     }
 }
@@ -736,6 +761,11 @@ TEST_CASE("ops: a bad number stays in its row") {
                         case BNB_OP_SILU: y = bnb_silu(net.ctx, x); break;
                         case BNB_OP_SOFTMAX: y = bnb_softmax(net.ctx, x); break;
                         case BNB_OP_ARGMAX: y = bnb_argmax(net.ctx, x); break; // -1 for a NaN, which is looked for below
+                        case BNB_OP_DRAW: {
+                            bnb_draw_rule rule = {0.8f, 0.9f, 0, 5, 1};
+                            y = bnb_draw(net.ctx, x, net.ids({3}, {1, 2, 3}, "steps"), &rule);
+                            break;
+                        }
                         case BNB_OP_SET_ROWS:
                             read = net.weight(type, {T, C}, Floats(static_cast<size_t>(T * C)), nullptr, "cache");
                             y = bnb_set_rows(net.ctx, read, x, net.ids({3}, {0, 1, 2}));
@@ -753,7 +783,7 @@ TEST_CASE("ops: a bad number stays in its row") {
                     }
                     size_t n = results[0].size() / 3, bad_numbers = 0;
                     for (size_t i = 0; i < results[0].size(); i++) {
-                        if (i / n == 1) bad_numbers += !std::isfinite(results[1][i]) || (op == BNB_OP_ARGMAX && results[1][i] < 0);
+                        if (i / n == 1) bad_numbers += !std::isfinite(results[1][i]) || ((op == BNB_OP_ARGMAX || op == BNB_OP_DRAW) && results[1][i] < 0);
                         else CHECK(std::memcmp(&results[0][i], &results[1][i], 4) == 0);
                     }
                     // LLM.int8() quantizes a NaN to 0, as bitsandbytes does; max(-inf, 0) is 0, exp(-inf) is 0, and
@@ -925,6 +955,7 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
     auto vec = [input](bnb_ctx *c, int64_t n) { return input(c, BNB_F32, {n}); };
     auto i32 = [input](bnb_ctx *c, int64_t n) { return input(c, BNB_I32, {n}); };
     auto leaf = [](bnb_ctx *c, int32_t type, Shape shape) { return bnb_tensor_new(c, type, nullptr, static_cast<int32_t>(shape.size()), shape.data(), "thing"); };
+    static const bnb_draw_rule fair = {1, 1, 0, 1, 0}, unfair = {1, 0, 0, 1, 0};
     const std::vector<Bad> bad = {
         {"embed", [=](bnb_ctx *c) { return bnb_embed(c, nullptr, i32(c, 3)); }},
         {"embed", [=](bnb_ctx *c) { return bnb_embed(c, f32(c, 4, 8), nullptr); }},
@@ -1008,6 +1039,9 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, f32(c, 2, 8), INT64_MIN, 1); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, leaf(c, BNB_F16, {2, 8}), 0, 1); }},
         {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, nullptr); }},
+        {"draw", [=](bnb_ctx *c) { return bnb_draw(c, f32(c, 2, 8), leaf(c, BNB_I32, {3}), &fair); }},
+        {"draw", [=](bnb_ctx *c) { return bnb_draw(c, f32(c, 2, 8), leaf(c, BNB_F32, {2}), &fair); }},
+        {"draw", [=](bnb_ctx *c) { return bnb_draw(c, f32(c, 2, 8), leaf(c, BNB_I32, {2}), &unfair); }},
         {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, f32(c, 2, 0)); }},
         {"argmax", [=](bnb_ctx *c) { return bnb_argmax(c, leaf(c, BNB_F16, {2, 8})); }},
     };
