@@ -40,6 +40,15 @@ template <class T> __device__ T lane_xor(T v, int mask) { return __shfl_xor_sync
 error_t host_alloc(void **p, size_t bytes) { return cudaHostAlloc(p, bytes, cudaHostAllocDefault); }
 error_t host_free(void *p) { return cudaFreeHost(p); }
 error_t graph_instantiate(cudaGraphExec_t *e, cudaGraph_t g) { return cudaGraphInstantiate(e, g, 0); }
+bool has_code(int) { return true; } // what is newer than the newest code has it translated by the driver
+error_t load_tables() { return cudaSuccess; }
+
+__device__ float mul_add(float a, float b, float c) { return __fadd_rn(__fmul_rn(a, b), c); } // two roundings
+__device__ float reciprocal(float x) { // as in bitsandbytes' kernels
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
 
 // Programmatic dependent launch: a kernel's blocks may start while the one before still runs, fetch what does not depend
 // on it, and wait here for its end. Every kernel of this file waits, so that "the one before" covers all before.
@@ -75,6 +84,38 @@ template <class T> __device__ T lane_xor(T v, int mask) { return __shfl_xor(v, m
 error_t host_alloc(void **p, size_t bytes) { return hipHostMalloc(p, bytes, hipHostMallocDefault); }
 error_t host_free(void *p) { return hipHostFree(p); }
 error_t graph_instantiate(hipGraphExec_t *e, hipGraph_t g) { return hipGraphInstantiate(e, g, nullptr, nullptr, 0); }
+
+// HIP lists devices for which the program has no code, such as a processor's own graphics.
+__global__ void probe_kernel() {}
+bool has_code(int index) {
+    int before = 0;
+    error_t e = hipGetDevice(&before);
+    if (e == hipSuccess) e = hipSetDevice(index);
+    if (e == hipSuccess) {
+        hipLaunchKernelGGL(probe_kernel, dim3(1), dim3(1), 0, nullptr);
+        e = hipGetLastError();
+    }
+    if (e == hipSuccess) e = hipStreamSynchronize(nullptr);
+    (void)hipGetLastError();
+    (void)hipSetDevice(before);
+    return e == hipSuccess;
+}
+
+__constant__ uint64_t rcp_fix[32];
+error_t load_tables() {
+    return hipMemcpyToSymbol(HIP_SYMBOL(rcp_fix), bnb_rcp_fix, sizeof rcp_fix, 0, hipMemcpyHostToDevice);
+}
+
+__device__ float mul_add(float a, float b, float c) { // two roundings: HIP's __fmul_rn and __fadd_rn may become one fma
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+    return a * b + c;
+}
+__device__ float reciprocal(float x) { // NVIDIA's for x of f16's precision: the quotient or, by a table, its neighbour
+    unsigned m = __float_as_uint(x) & 0x7fffff, i = m >> 13, k = m & 0x1fff ? 0 : rcp_fix[i / 32] >> (2 * (i % 32)) & 3;
+    return __uint_as_float(__float_as_uint(1.0f / x) + (k == 1 ? 1u : k == 2 ? ~0u : 0u));
+}
 __device__ void wait_for_previous() {}
 
 struct Queue {
@@ -85,6 +126,7 @@ struct Queue {
         if (status == hipSuccess) status = e;
     }
     template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+        if (status != hipSuccess) return;
         hipLaunchKernelGGL(kernel, grid, block, 0, stream, P(args)...);
         note(hipGetLastError());
     }
@@ -100,7 +142,8 @@ enum { LAYOUT_NUMBERS = 1 /* vectors, widened to f32 */, LAYOUT_PLANES /* canoni
 
 struct Device {
     bnb_env *env;
-    int index;
+    int index;   // "cuda:index"
+    int ordinal; // the runtime's number of it
     Queue queue;
     char *staging[2] = {};               // pinned, [STAGING_BYTES]: what crosses the bus goes through one or the other
     GPU(Event_t) staged[2] = {};         // the copy out of staging[i] is done
@@ -119,7 +162,7 @@ struct Use {
     int before = 0;
     explicit Use(const Device &d) {
         (void)GPU(GetDevice)(&before);
-        if (before != d.index) (void)GPU(SetDevice)(d.index);
+        if (before != d.ordinal) (void)GPU(SetDevice)(d.ordinal);
     }
     ~Use() { (void)GPU(SetDevice)(before); }
 };
@@ -280,7 +323,7 @@ __device__ float block_scale(const Weight &w, long block) {
     if (!w.quant.double_quant) return static_cast<const float *>(w.plane[1])[block];
     float nested = static_cast<const float *>(w.plane[2])[block / w.quant.nested_blocksize];
     float code = static_cast<const float *>(w.plane[3])[static_cast<const unsigned char *>(w.plane[1])[block]];
-    return __fadd_rn(__fmul_rn(code, nested), w.quant.nested_offset); // two roundings, as bitsandbytes has them
+    return mul_add(code, nested, w.quant.nested_offset); // two roundings, as bitsandbytes has them
 }
 
 // Element e, counted in pitches; map: w.map where lanes can look it up fast.
@@ -419,7 +462,7 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
 
 // A group of 32 lanes makes y[m0 .. m0 + 8, n] for one n.
 enum { PLAIN_ROWS = 8 };
-__global__ void linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
+__global__ void __launch_bounds__(THREADS) linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
     __shared__ float map[16];
     int thread = threadIdx.y * LANES + threadIdx.x;
     if (thread < 16) map[thread] = w.map[thread];
@@ -434,7 +477,7 @@ __global__ void linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
     }
     for (int i = 0; i < PLAIN_ROWS; i++) {
         float s = lane_sum(sum[i]);
-        if (threadIdx.x == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s);
+        if (static_cast<int>(threadIdx.x) == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s);
     }
 }
 
@@ -447,18 +490,6 @@ struct Int8Rows {
 
 __device__ float to_f16(float x) { return __half2float(__float2half_rn(x)); }
 __device__ bool is_outlier(float x, float threshold) { return threshold > 0 && fabsf(x) >= threshold; }
-
-// The reciprocal of bitsandbytes' CUDA kernels is the hardware's approximation; elsewhere the rounded quotient stands in,
-// which changes about one code in 16 million.
-__device__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-#else
-    return 1.0f / x;
-#endif
-}
 
 // x[m] -> codes and scale, where outliers count as 0. Scale: the largest magnitude of the others.
 __global__ void int8_rows_kernel(Rows x, float threshold, Int8Rows q, int K) {
@@ -490,7 +521,8 @@ __global__ void int8_columns_kernel(Rows x, float threshold, int by_column, Int8
     for (int m = 0; m < M && found && by_column; m++) q.codes[static_cast<long>(m) * K + k] = 0;
 }
 
-__global__ void linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, Epilogue e, Rows y, int M) {
+__global__ void __launch_bounds__(THREADS) linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, Epilogue e,
+                                                              Rows y, int M) {
     wait_for_previous();
     long n = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y, m0 = static_cast<long>(blockIdx.y) * PLAIN_ROWS;
     int sum[PLAIN_ROWS] = {};
@@ -510,14 +542,15 @@ __global__ void linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, 
         for (int d = 16; d; d >>= 1) s += lane_xor(s, d);
         float more = lane_sum(extra[i]);
         // 6.200012e-05 is 1/127^2 as bitsandbytes has it
-        if (threadIdx.x == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s * q.scale[m0 + i] * scb * 6.200012e-05f + more);
+        if (static_cast<int>(threadIdx.x) == i && n < w.N && m0 + i < M)
+            finish(e, y, m0 + i, n, s * q.scale[m0 + i] * scb * 6.200012e-05f + more);
     }
 }
 
 // One block for a head of a row: scores of THREADS cache rows at a time, a running maximum and sum, D columns of v.
 enum { PLAIN_HEAD = 256 };
-__global__ void attention_kernel(Rows q, Rows k, Rows v, const int *span, int R, int D, int group, float scale, Rows y,
-                                 int *fault, int node) {
+__global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Rows k, Rows v, const int *span, int R, int D,
+                                                            int group, float scale, Rows y, int *fault, int node) {
     __shared__ float query[PLAIN_HEAD], p[THREADS];
     wait_for_previous();
     long t = blockIdx.y, h = blockIdx.x, kv = h / group * D;
@@ -1162,14 +1195,23 @@ bnb_status device_download(void *dev, const bnb_tensor *t, bnb_tensor *dst, bnb_
 
 /* ==== [API] ===================================================================================================== */
 
-int32_t device_count() {
-    int n = 0;
-    if (GPU(GetDeviceCount)(&n) != GPU(Success)) {
-        (void)GPU(GetLastError)(); // no driver: no device
-        return 0;
+// The devices that can run our kernels, by the runtime's numbers.
+struct Usable {
+    int n = 0, ordinals[64];
+    Usable() {
+        int listed = 0;
+        if (GPU(GetDeviceCount)(&listed) != GPU(Success)) listed = 0; // no driver
+        (void)GPU(GetLastError)();
+        for (int i = 0; i < listed && n < 64; i++)
+            if (has_code(i)) ordinals[n++] = i;
     }
-    return n;
+};
+const Usable &usable() {
+    static const Usable once;
+    return once;
 }
+
+int32_t device_count() { return usable().n; }
 
 void device_close(void *dev) {
     Device *d = static_cast<Device *>(dev);
@@ -1240,10 +1282,12 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     }
     d->env = env;
     d->index = index;
+    d->ordinal = usable().ordinals[index];
     Use use(*d);
     GPU_PROPERTIES properties;
     Queue &q = d->queue;
-    q.note(GPU(GetDeviceProperties)(&properties, index));
+    q.note(GPU(GetDeviceProperties)(&properties, d->ordinal));
+    q.note(load_tables());
     q.note(GPU(StreamCreateWithFlags)(&q.stream, GPU(StreamNonBlocking)));
     for (int i = 0; i < 2; i++) {
         q.note(host_alloc(reinterpret_cast<void **>(&d->staging[i]), STAGING_BYTES));
@@ -1270,7 +1314,12 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
 
 } // namespace
 
-extern "C" const bnb_backend_api GPU_TABLE = {
+#ifdef __HIP_DEVICE_COMPILE__ // clang would give the device a copy of the table, and miss the functions there
+[[maybe_unused]] static
+#else
+extern "C"
+#endif
+const bnb_backend_api GPU_TABLE = {
     sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_info, device_alloc, device_free, device_write, device_read,
     device_fetch_begin, device_fetch_end, device_place, device_upload, device_download, device_compile, device_release, device_describe, device_run,
 };
