@@ -1,11 +1,13 @@
 # Makefile: builds bnb's programs, library and tests with GNU make and any C11/C++17 compiler.
 #
 #   make                 main quantize inspect bench perplexity
-#   make CUDA=1          the same with NVIDIA GPUs; HIP=1: with AMD GPUs (needs nvcc, hipcc)
+#   make CUDA=1          the same for NVIDIA GPUs, too: needs nvcc; CUDA_ARCH="75 80 90a"
+#   make HIP=1           the same for AMD GPUs, too: needs hipcc; HIP_ARCH="gfx90a gfx1030"
 #   make demo            builds ./main and generates text with the model in models/demo
 #   make test            builds and runs all tests; the last line is "N passed, N failed"
 #   make asan            the same tests with address and undefined-behaviour checks
 #   make tsan            the tests about threads, with data-race checks
+#   make hip-on-cpu      the kernels for AMD GPUs on the CPU, in waves of 32 and of 64 lanes
 #   make aarch64         the library's tests for ARM, cross-compiled and run under qemu
 #   make fuzz            random files for the readers, with clang's libFuzzer; FUZZ_SECONDS=60 for each of tests/fuzz
 #   make install         programs, headers, libbnb.a, pkg-config and CMake files; PREFIX=/usr/local DESTDIR=
@@ -55,6 +57,17 @@ DEVICES += -DBNB_CUDA
 LIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt
 endif
 
+# HIP_ARCH: every GPU that Debian 12's hipcc knows. Newer GPUs need a newer ROCm, and their names here.
+ifneq ($(HIP),)
+HIPCC ?= hipcc
+HIP_ARCH ?= gfx900 gfx906 gfx908 gfx90a gfx90c gfx1010 gfx1011 gfx1012 gfx1030 gfx1031 gfx1032 gfx1035 gfx1036
+HIP_HOME ?= $(patsubst %/bin/hipcc,%,$(realpath $(shell command -v $(HIPCC))))
+HIPFLAGS ?= -O3
+LIBRARY_OBJECTS += $(BUILD)/bnb-hip.o
+DEVICES += -DBNB_HIP
+LIBS += -L$(HIP_HOME)/lib -lamdhip64
+endif
+
 # Use all cores; a -j on the command line wins, and a variant's make shares with the make that called it.
 ifeq ($(MAKELEVEL),0)
 MAKEFLAGS += -j$(shell nproc 2>/dev/null || echo 1)
@@ -75,6 +88,10 @@ $(BUILD)/%.o: %.cpp
 $(BUILD)/bnb-cuda.o: bnb-cuda.cu bnb.h
 	@mkdir -p $(@D)
 	$(NVCC) -std=c++17 $(NVCCFLAGS) $(GENCODE) -Xcompiler "$(WARNINGS) $(EXTRA)" -c $< -o $@
+
+$(BUILD)/bnb-hip.o: bnb-hip.cpp
+	@mkdir -p $(@D)
+	$(HIPCC) -std=c++17 $(HIPFLAGS) $(HIP_ARCH:%=--offload-arch=%) $(WARNINGS) $(EXTRA) -MMD -MP -c $< -o $@
 
 $(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
 	@rm -f $@
@@ -131,6 +148,26 @@ tsan:
 	+$(MAKE) test-library BUILD=build/tsan CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" EXTRA="-fsanitize=thread" \
 	    TESTARGS="--test-case=*thread* $(TESTARGS)"
 
+# bnb-hip.cpp by the host's compiler, with tests/hip-on-cpu as HIP: two sizes of waves, three orders of what is not
+# ordered, once with sanitizers. Large products are slow here and no different in another order.
+hip-on-cpu:
+	+$(MAKE) hip-on-cpu-run BUILD=build/hip-on-cpu DEVICES=-DBNB_HIP
+
+HIP_ON_CPU_64 = -DEMU_WAVE=64
+HIP_ON_CPU_32 = -DEMU_WAVE=32
+HIP_ON_CPU_asan = -DEMU_WAVE=32 -g -fsanitize=address,undefined -fno-sanitize-recover=all
+HIP_TESTS = $(patsubst %,$(BUILD)/test/hip-%,64 32 asan)
+
+hip-on-cpu-run: hip-64-order-0 hip-64-order-1 hip-64-order-2 hip-32-order-0 hip-32-order-1 hip-32-order-2 hip-asan-order-2
+hip-%: $(HIP_TESTS)
+	EMU_SCHED=$(lastword $(subst -, ,$*)) BNB_TEST_DEVICE=hip $(BUILD)/test/hip-$(firstword $(subst -, ,$*)) \
+	    $(if $(filter %-0,$*),,--test-case-exclude=*large*) $(TESTARGS)
+
+$(HIP_TESTS): $(BUILD)/test/hip-%: bnb-hip.cpp $(BUILD)/tests/main.o $(BUILD)/tests/test_backend.o $(LIBRARY_OBJECTS) \
+    bnb-cuda.cu bnb.h $(wildcard tests/hip-on-cpu/hip/*.h)
+	@mkdir -p $(@D)
+	$(CXX) -std=c++17 -O3 $(WARNINGS) -Itests/hip-on-cpu $(HIP_ON_CPU_$*) $(filter %.cpp %.o,$^) -o $@ -lm -pthread
+
 fuzz:
 	+$(MAKE) fuzz-run BUILD=build/fuzz CC=$(CLANG) CXX=$(CLANG)++ CFLAGS="-O1 -g" CXXFLAGS="-O1 -g" \
 	    EXTRA="-fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=all -DBNB_FUZZ"
@@ -158,7 +195,7 @@ Name: bnb
 Description: runs language models in the bitsandbytes formats
 Version: $(VERSION)
 Cflags: -I$${prefix}/include/bnb
-Libs: -L$${prefix}/lib -lbnb -lstdc++ -lm -pthread
+Libs: -L$${prefix}/lib -lbnb $(LIBS) -lstdc++ -lm -pthread
 endef
 
 define CMAKE_CONFIG
@@ -171,7 +208,7 @@ if(NOT TARGET bnb::bnb)
     IMPORTED_LOCATION "$${bnb_PREFIX}/lib/libbnb.a"
     IMPORTED_LINK_INTERFACE_LANGUAGES "C;CXX"
     INTERFACE_INCLUDE_DIRECTORIES "$${bnb_PREFIX}/include/bnb"
-    INTERFACE_LINK_LIBRARIES "Threads::Threads;m")
+    INTERFACE_LINK_LIBRARIES "$(subst $() ,;,$(strip Threads::Threads m $(LIBS)))")
 endif()
 endef
 
@@ -204,5 +241,5 @@ clean:
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 
-.PHONY: all demo test test-library asan tsan fuzz fuzz-run aarch64 install clean help
+.PHONY: all demo test test-library asan tsan hip-on-cpu hip-on-cpu-run fuzz fuzz-run aarch64 install clean help
 .SECONDARY:# keep objects that only pattern rules name

@@ -44,6 +44,15 @@ template <class T> __device__ T lane_xor(T v, int mask) { return __shfl_xor_sync
 error_t host_alloc(void **p, size_t bytes) { return cudaHostAlloc(p, bytes, cudaHostAllocDefault); }
 error_t host_free(void *p) { return cudaFreeHost(p); }
 error_t graph_instantiate(cudaGraphExec_t *e, cudaGraph_t g) { return cudaGraphInstantiate(e, g, 0); }
+bool has_code(int) { return true; } // what is newer than the newest code has it translated by the driver
+error_t load_tables() { return cudaSuccess; }
+
+__device__ float mul_add(float a, float b, float c) { return __fadd_rn(__fmul_rn(a, b), c); } // two roundings
+__device__ float reciprocal(float x) { // as in bitsandbytes' kernels
+    float r;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+    return r;
+}
 
 // Programmatic dependent launch: a kernel's blocks may start while the one before still runs, fetch what does not depend
 // on it, and wait here for its end. Every kernel of this file waits, so that "the one before" covers all before.
@@ -79,6 +88,38 @@ template <class T> __device__ T lane_xor(T v, int mask) { return __shfl_xor(v, m
 error_t host_alloc(void **p, size_t bytes) { return hipHostMalloc(p, bytes, hipHostMallocDefault); }
 error_t host_free(void *p) { return hipHostFree(p); }
 error_t graph_instantiate(hipGraphExec_t *e, hipGraph_t g) { return hipGraphInstantiate(e, g, nullptr, nullptr, 0); }
+
+// HIP lists devices for which the program has no code, such as a processor's own graphics.
+__global__ void probe_kernel() {}
+bool has_code(int index) {
+    int before = 0;
+    error_t e = hipGetDevice(&before);
+    if (e == hipSuccess) e = hipSetDevice(index);
+    if (e == hipSuccess) {
+        hipLaunchKernelGGL(probe_kernel, dim3(1), dim3(1), 0, nullptr);
+        e = hipGetLastError();
+    }
+    if (e == hipSuccess) e = hipStreamSynchronize(nullptr);
+    (void)hipGetLastError();
+    (void)hipSetDevice(before);
+    return e == hipSuccess;
+}
+
+__constant__ uint64_t rcp_fix[32];
+error_t load_tables() {
+    return hipMemcpyToSymbol(HIP_SYMBOL(rcp_fix), bnb_rcp_fix, sizeof rcp_fix, 0, hipMemcpyHostToDevice);
+}
+
+__device__ float mul_add(float a, float b, float c) { // two roundings: HIP's __fmul_rn and __fadd_rn may become one fma
+#ifdef __clang__
+#pragma clang fp contract(off)
+#endif
+    return a * b + c;
+}
+__device__ float reciprocal(float x) { // NVIDIA's for x of f16's precision: the quotient or, by a table, its neighbour
+    unsigned m = __float_as_uint(x) & 0x7fffff, i = m >> 13, k = m & 0x1fff ? 0 : rcp_fix[i / 32] >> (2 * (i % 32)) & 3;
+    return __uint_as_float(__float_as_uint(1.0f / x) + (k == 1 ? 1u : k == 2 ? ~0u : 0u));
+}
 __device__ void wait_for_previous() {}
 
 struct Queue {
@@ -89,6 +130,7 @@ struct Queue {
         if (status == hipSuccess) status = e;
     }
     template <class... P, class... A> void launch(void (*kernel)(P...), dim3 grid, dim3 block, A... args) {
+        if (status != hipSuccess) return;
         hipLaunchKernelGGL(kernel, grid, block, 0, stream, P(args)...);
         note(hipGetLastError());
     }
@@ -110,7 +152,8 @@ enum {
 
 struct Device {
     bnb_env *env;
-    int index;
+    int index;   // "cuda:index"
+    int ordinal; // the runtime's number of it
     Queue queue;
     char *staging[2] = {};               // pinned, [STAGING_BYTES]: what crosses the bus goes through one or the other
     GPU(Event_t) staged[2] = {};         // the copy out of staging[i] is done
@@ -132,7 +175,7 @@ struct Use {
     int before = 0;
     explicit Use(const Device &d) {
         (void)GPU(GetDevice)(&before);
-        if (before != d.index) (void)GPU(SetDevice)(d.index);
+        if (before != d.ordinal) (void)GPU(SetDevice)(d.ordinal);
     }
     ~Use() { (void)GPU(SetDevice)(before); }
 };
@@ -300,7 +343,7 @@ __device__ float block_scale(const Weight &w, long block) {
     if (!w.quant.double_quant) return static_cast<const float *>(w.plane[1])[block];
     float nested = static_cast<const float *>(w.plane[2])[block / w.quant.nested_blocksize];
     float code = static_cast<const float *>(w.plane[3])[static_cast<const unsigned char *>(w.plane[1])[block]];
-    return __fadd_rn(__fmul_rn(code, nested), w.quant.nested_offset); // two roundings, as bitsandbytes has them
+    return mul_add(code, nested, w.quant.nested_offset); // two roundings, as bitsandbytes has them
 }
 
 // Element e, counted in pitches; map: w.map where lanes can look it up fast.
@@ -397,13 +440,6 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
-// y = act(y + bias), after a product that another library made
-__global__ void finish_kernel(Epilogue e, Rows y, int C) {
-    wait_for_previous();
-    long t = blockIdx.y, c = static_cast<long>(blockIdx.x) * THREADS + threadIdx.x;
-    if (c < C) finish(e, y, t, c, get(y, t, c));
-}
-
 // y = op(a, b) or op(a); b: like a, or one row for all
 __global__ void pointwise_kernel(int op, Rows a, Rows b, Numbers row, float factor, Rows y, int C) {
     wait_for_previous();
@@ -446,7 +482,7 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
 
 // A group of 32 lanes makes y[m0 .. m0 + 8, n] for one n.
 enum { PLAIN_ROWS = 8 };
-__global__ void linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
+__global__ void __launch_bounds__(THREADS) linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
     __shared__ float map[16];
     int thread = threadIdx.y * LANES + threadIdx.x;
     if (thread < 16) map[thread] = w.map[thread];
@@ -461,7 +497,7 @@ __global__ void linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
     }
     for (int i = 0; i < PLAIN_ROWS; i++) {
         float s = lane_sum(sum[i]);
-        if (threadIdx.x == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s);
+        if (static_cast<int>(threadIdx.x) == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s);
     }
 }
 
@@ -474,18 +510,6 @@ __global__ void absmax_kernel(Weight w, float *absmax, long n) {
 
 __device__ float to_f16(float x) { return __half2float(__float2half_rn(x)); }
 __device__ bool is_outlier(float x, float threshold) { return threshold > 0 && fabsf(x) >= threshold; }
-
-// The reciprocal of bitsandbytes' CUDA kernels is the hardware's approximation; elsewhere the rounded quotient stands in,
-// which changes about one code in 16 million.
-__device__ float reciprocal(float x) {
-#ifdef __CUDA_ARCH__
-    float r;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
-    return r;
-#else
-    return 1.0f / x;
-#endif
-}
 
 /* ---- quantizing: bnb_quantize of BNB_COMPAT_CUDA, bit for bit; the rules stand in bnb.c, section [QUANT] ---- */
 
@@ -510,7 +534,7 @@ __global__ void quantize4_kernel(Numbers a, long n, bnb_rule4 rule, int B, unsig
         for (int half = 0; half < 2; half++) {
             float v = i + half < n ? get(a, i + half) : 0; // an odd count is padded with a 0
             if (fabsf(v) < r.smallest) v = 0;
-            v = __fmul_rn(v, scale);
+            v *= scale;
             if (v != v) v = r.nan;
             int rank = 0;
             for (int k = 0; k < 15; k++) rank += v > r.bound[k];
@@ -530,9 +554,9 @@ __global__ void quantize8_kernel(Numbers a, int K, signed char *codes, float *sc
         top = v > top ? v : top;
     }
     top = block_max(top);
-    float scale = __fmul_rn(127.0f, reciprocal(top));
+    float scale = 127.0f * reciprocal(top);
     for (int k = threadIdx.x; k < K; k += blockDim.x) {
-        float v = __fmul_rn(to_f16(get(a, first + k)), scale);
+        float v = to_f16(get(a, first + k)) * scale;
         codes[first + k] = static_cast<signed char>(v == v ? rintf(v) : 0.0f);
     }
     if (threadIdx.x == 0) scb[blockIdx.x] = top;
@@ -575,7 +599,8 @@ __global__ void int8_columns_kernel(Rows x, float threshold, int by_column, Int8
     for (int m = 0; m < M && found && by_column; m++) q.codes[static_cast<long>(m) * K + k] = 0;
 }
 
-__global__ void linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, Epilogue e, Rows y, int M) {
+__global__ void __launch_bounds__(THREADS) linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, Epilogue e,
+                                                              Rows y, int M) {
     wait_for_previous();
     long n = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y, m0 = static_cast<long>(blockIdx.y) * PLAIN_ROWS;
     int sum[PLAIN_ROWS] = {};
@@ -595,14 +620,15 @@ __global__ void linear_int8_kernel(Rows x, Weight w, Int8Rows q, int by_column, 
         for (int d = 16; d; d >>= 1) s += lane_xor(s, d);
         float more = lane_sum(extra[i]);
         // 6.200012e-05 is 1/127^2 as bitsandbytes has it
-        if (threadIdx.x == i && n < w.N && m0 + i < M) finish(e, y, m0 + i, n, s * q.scale[m0 + i] * scb * 6.200012e-05f + more);
+        if (static_cast<int>(threadIdx.x) == i && n < w.N && m0 + i < M)
+            finish(e, y, m0 + i, n, s * q.scale[m0 + i] * scb * 6.200012e-05f + more);
     }
 }
 
 // One block for a head of a row: scores of THREADS cache rows at a time, a running maximum and sum, D columns of v.
 enum { PLAIN_HEAD = 256 };
-__global__ void attention_kernel(Rows q, Rows k, Rows v, const int *span, int R, int D, int group, float scale, Rows y,
-                                 int *fault, int node) {
+__global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Rows k, Rows v, const int *span, int R, int D,
+                                                            int group, float scale, Rows y, int *fault, int node) {
     __shared__ float query[PLAIN_HEAD], p[THREADS];
     wait_for_previous();
     long t = blockIdx.y, h = blockIdx.x, kv = h / group * D;
@@ -3602,6 +3628,13 @@ void dense_open(DenseLibrary &l) {
     if (!all || l.create(&l.handle) != CUBLAS_STATUS_SUCCESS) dense_close(l);
 }
 
+// y = act(y + bias), after a product that another library made
+__global__ void finish_kernel(Epilogue e, Rows y, int C) {
+    wait_for_previous();
+    long t = blockIdx.y, c = static_cast<long>(blockIdx.x) * THREADS + threadIdx.x;
+    if (c < C) finish(e, y, t, c, get(y, t, c));
+}
+
 // y [M, N] f16 or f32 = x [M, K] f16 * w [N, K]^T f16 + residual (like y, may lie where y does; data NULL: none), sums in
 // f32. To the library, which counts columns first, that is y^T = w x^T.
 bool dense_product(const DenseLibrary &l, cudaStream_t stream, const Rows &x, const void *w, const Rows &residual, const Rows &y, int M, int N, int K,
@@ -3768,6 +3801,7 @@ void run_linear(Launch &l, const Step &s) {
     }
 }
 
+#ifdef __CUDACC__
 // x as f16, in scratch if it does not lie so already.
 uint64_t half_bytes(const bnb_tensor *x) { return align_up(static_cast<uint64_t>(bnb_tensor_elements(x)) * 2); }
 Rows half_rows(Launch &l, const bnb_tensor *x, char *scratch) {
@@ -3779,7 +3813,6 @@ Rows half_rows(Launch &l, const bnb_tensor *x, char *scratch) {
     return to;
 }
 
-#ifdef __CUDACC__
 bool fits_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *x = s.nodes[0]->src[0], *w = s.nodes[0]->src[1];
     return plan.f16 && plan.device->dense && plan.device->dense->handle && w->type == BNB_F16 && w->op == BNB_OP_NONE && w->shape[1] % 8 == 0 &&
@@ -4585,14 +4618,23 @@ bnb_status device_download(void *dev, const bnb_tensor *t, bnb_tensor *dst, bnb_
 
 /* ==== [API] ===================================================================================================== */
 
-int32_t device_count() {
-    int n = 0;
-    if (GPU(GetDeviceCount)(&n) != GPU(Success)) {
-        (void)GPU(GetLastError)(); // no driver: no device
-        return 0;
+// The devices that can run our kernels, by the runtime's numbers.
+struct Usable {
+    int n = 0, ordinals[64];
+    Usable() {
+        int listed = 0;
+        if (GPU(GetDeviceCount)(&listed) != GPU(Success)) listed = 0; // no driver
+        (void)GPU(GetLastError)();
+        for (int i = 0; i < listed && n < 64; i++)
+            if (has_code(i)) ordinals[n++] = i;
     }
-    return n;
+};
+const Usable &usable() {
+    static const Usable once;
+    return once;
 }
+
+int32_t device_count() { return usable().n; }
 
 void device_close(void *dev) {
     Device *d = static_cast<Device *>(dev);
@@ -4658,6 +4700,25 @@ bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_er
     return measure ? measure_bandwidth(d, &info->read_bandwidth, err) : BNB_OK;
 }
 
+#ifdef __CUDACC__
+// Whether this program was built for sm_90a: else the kernels of [TILE4] and [TILE8] are there, but empty.
+__global__ void hopper_kernel(int *yes) {
+#ifdef BNB__HOPPER
+    *yes = 1;
+#endif
+    (void)yes;
+}
+bool has_hopper_code(Device &d) {
+    d.queue.launch(hopper_kernel, dim3(1), dim3(1), d.fault);
+    d.queue.note(cudaStreamSynchronize(d.queue.stream));
+    bool yes = *d.fault == 1 && d.queue.status == cudaSuccess;
+    *d.fault = 0;
+    d.queue.status = cudaSuccess;
+    (void)cudaGetLastError();
+    return yes;
+}
+#endif
+
 void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     Device *d = new (std::nothrow) Device{};
     if (!d) {
@@ -4666,10 +4727,12 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     }
     d->env = env;
     d->index = index;
+    d->ordinal = usable().ordinals[index];
     Use use(*d);
     GPU_PROPERTIES properties;
     Queue &q = d->queue;
-    q.note(GPU(GetDeviceProperties)(&properties, index));
+    q.note(GPU(GetDeviceProperties)(&properties, d->ordinal));
+    q.note(load_tables());
     q.note(GPU(StreamCreateWithFlags)(&q.stream, GPU(StreamNonBlocking)));
     for (int i = 0; i < 2; i++) {
         q.note(host_alloc(reinterpret_cast<void **>(&d->staging[i]), STAGING_BYTES));
@@ -4696,8 +4759,8 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     if (d->dense) dense_open(*d->dense);
 #ifdef __CUDACC__
     q.overlap = d->major >= 9;
-    if (d->major == 9) { // a program that was built without sm_90a has none of these kernels: it uses the others
-        d->tiles = tile4::linear4_init(index) == cudaSuccess && tile8::linear8_init(index) == cudaSuccess && tile8::attention_init(index) == cudaSuccess;
+    if (d->major == 9 && has_hopper_code(*d)) {
+        d->tiles = tile4::linear4_init(d->ordinal) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess && tile8::attention_init(d->ordinal) == cudaSuccess;
         (void)cudaGetLastError();
     }
 #endif
@@ -4706,7 +4769,12 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
 
 } // namespace
 
-extern "C" const bnb_backend_api GPU_TABLE = {
+#ifdef __HIP_DEVICE_COMPILE__ // clang would give the device a copy of the table, and miss the functions there
+[[maybe_unused]] static
+#else
+extern "C"
+#endif
+const bnb_backend_api GPU_TABLE = {
     sizeof(bnb_backend_api), GPU_NAME, device_count, device_open, device_close, device_sync, device_info, device_alloc, device_free, device_write, device_read,
     device_fetch_begin, device_fetch_end, device_place, device_upload, device_download, device_compile, device_release, device_describe, device_run,
 };

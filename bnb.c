@@ -529,7 +529,7 @@ static float bnb__ftz(float x) {
  * mantissas of at most 10 bits, so every f16 and bf16 value is exact; with f32 weights an absmax has more bits and the
  * correctly rounded quotient stands in, which changes about one code byte in 16 million.
  * Two bits per mantissa [1024], low bits first: 0 none, 1 one ulp up, 2 one ulp down. */
-static const uint64_t bnb__rcp_fix[32] = {
+const uint64_t bnb_rcp_fix[32] = {
     0x0000011420402000, 0x2000000120000002, 0x0042a00008002000, 0xa000000400050014, 0x0004014000108000,
     0x0000008200000002, 0x0880200401400000, 0x0100000000000014, 0x8000002000000100, 0x0000000500110000,
     0x0810000000000800, 0x0000004000000000, 0x8005004801400010, 0x0880400000040004, 0x0028004000101404,
@@ -544,7 +544,7 @@ static float bnb__rcp_cuda(float x) {
     x = bnb__ftz(x);
     r = bnb__bits(1.0f / x);
     if (m != 0 && (m & 0x1fff) == 0 && (r & 0x7fffffff) < 0x7f800000 && (r & 0x7fffffff) != 0) {
-        uint32_t i = m >> 13, k = (uint32_t)(bnb__rcp_fix[i / 32] >> (2 * (i % 32))) & 3;
+        uint32_t i = m >> 13, k = (uint32_t)(bnb_rcp_fix[i / 32] >> (2 * (i % 32))) & 3;
         r += k == 1 ? 1u : k == 2 ? 0xffffffffu : 0u;
     }
     return bnb__ftz(bnb__float(r));

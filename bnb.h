@@ -477,6 +477,8 @@ typedef struct bnb_device_info {
 /* All zeros for the CPU: see bnb_env_bytes. */
 bnb_status bnb_backend_info(bnb_backend *backend, int32_t measure, bnb_device_info *info, bnb_error *err);
 
+extern const uint64_t bnb_rcp_fix[32]; /* where the 1/x of NVIDIA GPUs is not the rounded quotient; explained in bnb.c */
+
 typedef union bnb_params {
     struct { float eps; } norm;
     struct { float factor; } scale;

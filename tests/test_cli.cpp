@@ -132,10 +132,22 @@ TEST_CASE("cli: files that are missing or are not models") {
     check_failure({"main", "-m", DEMO, "-f", dir.path()}, 1, dir.path());
     check_failure({"quantize", dir / "none", dir / "out.bnb", "--type", "nf4"}, 1, "none");
     check_failure({"quantize", DEMO_HF, dir / "no/such/out.bnb", "--type", "nf4"}, 1, "no/such/out.bnb");
-    check_failure({"main", "-m", DEMO, "--device", "cuda:0"}, 1, "cuda");
     check_failure({"main", "-m", DEMO, "--load-in-8bit"}, 1, "quantize");
     check_failure({"bench", "--synthetic", "gpt-17"}, 1, "gpt-17");
     CHECK(!exists(dir / "out.bnb"));
+}
+
+TEST_CASE("cli: devices that are not there") { // whatever this program was built for, on any machine
+    const Args commands[] = {{"main", "-m", DEMO, "-p", "x"},
+                             {"bench", "-m", DEMO},
+                             {"bench", "--ops"},
+                             {"perplexity", "-m", DEMO, "-f", "README.md"}};
+    for (const std::string device : {"nonsense", "cuda:99", "hip:99", "cpu:1", "cuda:", "hip:x", "cpu:-1", ""})
+        for (Args args : commands) {
+            args.insert(args.end(), {"--device", device});
+            check_failure(args, 1, "'" + device + "'");
+        }
+    check_failure({"main", "-m", DEMO, "--device", std::string(5000, 'x')}, 1, "'xxxx");
 }
 
 TEST_CASE("cli: a .bnb that was cut off or damaged is refused") {
