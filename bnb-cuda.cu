@@ -24,6 +24,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <unordered_map>
@@ -145,7 +146,7 @@ uint64_t align_up(uint64_t n) { return (n + ALIGN - 1) / ALIGN * ALIGN; }
 
 // bnb_tensor.layout of weights here
 enum {
-    LAYOUT_NUMBERS = 1, // vectors, widened to f32
+    LAYOUT_NUMBERS = 1, // vectors: plane 0 f32, plane 1 f16
     LAYOUT_PLANES,      // canonical, each plane aligned
     LAYOUT_TILE4        // plane 0: tile4 units with the absmax in them; double-quantized: planes 1 to 3 as well, for the way back
 };
@@ -201,10 +202,13 @@ bnb_status run_status(Device &d, bnb_error *err) {
     return fault ? bnb_fail(err, BNB_E_ARG, "node %d of the plan met an index outside its table (ids, rows or spans)", fault - 1) : BNB_OK;
 }
 
+void forget_unpacked(Device &d);
+
 bnb_status device_sync(void *dev, bnb_error *err) {
     Device &d = *static_cast<Device *>(dev);
     Use use(d);
     d.queue.note(GPU(StreamSynchronize)(d.queue.stream));
+    forget_unpacked(d); // nothing is on its way any more
     return run_status(d, err);
 }
 
@@ -225,6 +229,8 @@ void *device_alloc(void *dev, uint64_t bytes, bnb_error *err) {
     }
     d.bytes += bytes;
     d.bytes_peak = d.bytes > d.bytes_peak ? d.bytes : d.bytes_peak;
+    // Zeros: tiles of a cache may be multiplied by 0 where no span covers them, and must not hold NaN.
+    d.queue.note(GPU(MemsetAsync)(p, 0, bytes, d.queue.stream));
     return p;
 }
 
@@ -440,6 +446,36 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
+// The same for x in f32 and y in f16 with aligned rows of at most 4 THREADS PIECES columns, which are read once.
+template <int PIECES>
+__global__ void __launch_bounds__(THREADS) norm_rows_kernel(const float4 *x, long pitch, const float4 *w, const float4 *b, float eps, int layer, uint2 *y,
+                                                            long y_pitch, int C) {
+    wait_for_previous();
+    const long t = blockIdx.x;
+    float4 v[PIECES];
+    float sum = 0, square = 0;
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        v[i] = c < C / 4 ? x[t * pitch + c] : make_float4(0, 0, 0, 0);
+        sum += v[i].x + v[i].y + v[i].z + v[i].w;
+    }
+    const float mean = layer ? block_sum(sum) / C : 0;
+    for (int i = 0; i < PIECES; i++) {
+        if (i * THREADS + static_cast<int>(threadIdx.x) >= C / 4) continue;
+        v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
+        square += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+    }
+    const float scale = 1 / sqrtf(block_sum(square) / C + eps);
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        if (c >= C / 4) continue;
+        const float4 g = w ? w[c] : make_float4(1, 1, 1, 1), o = b ? b[c] : make_float4(0, 0, 0, 0);
+        __half h[4] = {__float2half_rn(v[i].x * scale * g.x + o.x), __float2half_rn(v[i].y * scale * g.y + o.y),
+                       __float2half_rn(v[i].z * scale * g.z + o.z), __float2half_rn(v[i].w * scale * g.w + o.w)};
+        memcpy(&y[t * y_pitch + c], h, sizeof h);
+    }
+}
+
 // y = op(a, b) or op(a); b: like a, or one row for all
 __global__ void pointwise_kernel(int op, Rows a, Rows b, Numbers row, float factor, Rows y, int C) {
     wait_for_previous();
@@ -478,6 +514,20 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
     if (c >= C) return;
     put(cache, r, c, get(x, t, c));
     if (x2.data) put(cache2, r, c, get(x2, t, c));
+}
+
+// The same for f16 to f16 with aligned rows: n pieces of 16 bytes each.
+__global__ void copy_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const int *rows, int R, int n, int *fault, int node) {
+    wait_for_previous();
+    const long t = blockIdx.y;
+    const int i = blockIdx.x * THREADS + threadIdx.x, r = rows[t];
+    if (r < 0 || r >= R) {
+        *fault = node + 1;
+        return;
+    }
+    if (i >= n) return;
+    reinterpret_cast<uint4 *>(cache.data)[r * (cache.ld / 8) + i] = reinterpret_cast<const uint4 *>(x.data)[t * (x.ld / 8) + i];
+    if (x2.data) reinterpret_cast<uint4 *>(cache2.data)[r * (cache2.ld / 8) + i] = reinterpret_cast<const uint4 *>(x2.data)[t * (x2.ld / 8) + i];
 }
 
 // A group of 32 lanes makes y[m0 .. m0 + 8, n] for one n.
@@ -3039,11 +3089,14 @@ struct Attention {
     const void *q;               /* [T, n_head * D], rows ldq elements apart */
     long ldq;
     int q_f32;         /* else f16 */
-    const void *k, *v; /* f16 [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
+    void *k, *v;       /* f16 [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
     long ldkv;
     int kv_f32; /* 1 does not fit */
     int R;
     const int *span; /* [T, 2] on the device, 8-byte aligned: 0 <= first <= end <= R; equal: zeros */
+    const void *k_new, *v_new; /* T = 1: f16 [n_head_kv * D], 16-byte aligned, which go to row *row of the caches; or null */
+    const int *row;
+    int *fault, node;          /* *fault = node + 1 if a span or the row does not lie in the caches */
     float scale;
     void *y; /* [T, n_head * D], rows ldy elements apart */
     long ldy;
@@ -3057,6 +3110,14 @@ bool attention_fits(const Attention &a) {
 }
 
 size_t attention_scratch(const Attention &) { return 0; }
+
+/* Row t's span. One that does not lie in the cache counts as empty. */
+__device__ inline int2 attention_span(const Attention &a, int t) {
+    const int2 s = *(const int2 *)(a.span + 2 * t);
+    if (s.x >= 0 && s.x <= s.y && s.y <= a.R) return s;
+    *a.fault = a.node + 1;
+    return make_int2(0, 0);
+}
 
 /* q[t, column..column + 7] */
 __device__ inline void attention_q8(const Attention &a, int t, int column, float (&v)[8]) {
@@ -3105,7 +3166,16 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
     const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
     if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
     grid_wait();
-    const int first = a.span[2 * t], end = a.span[2 * t + 1];
+    const int2 span = attention_span(a, t);
+    const int first = span.x, end = span.y;
+    int row = a.k_new ? *a.row : -1; /* read from k_new and v_new, not from the caches, which get it here */
+    if (a.k_new && (row < 0 || row >= a.R)) *a.fault = a.node + 1, row = -1;
+    const long kv_column = (long)(head / (a.n_head / a.n_head_kv)) * a.D;
+    if (row >= 0 && rank == 0 && tid < a.D / 8) {
+        const long to = row * a.ldkv + kv_column + 8 * tid;
+        *(uint4 *)((__half *)a.k + to) = *(const uint4 *)((const __half *)a.k_new + kv_column + 8 * tid);
+        *(uint4 *)((__half *)a.v + to) = *(const uint4 *)((const __half *)a.v_new + kv_column + 8 * tid);
+    }
     /* Short spans are the first blocks' alone. */
     const int used = min(n_ranks, (end - first + decode_warps * step - 1) / (decode_warps * step));
     if (rank >= max(used, 1) || used == 0) {
@@ -3115,8 +3185,9 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         return;
     }
 
-    const long column = (long)(head / (a.n_head / a.n_head_kv)) * a.D + d;
+    const long column = kv_column + d;
     const __half *const keys = (const __half *)a.k + column, *const values = (const __half *)a.v + column;
+    const __half *const key_new = (const __half *)a.k_new + column, *const value_new = (const __half *)a.v_new + column;
     const bool active = d < a.D;
     const float scale = a.scale * 1.44269504f; /* for exp2 */
     float q[G][8], acc[G][8] = {}, top[G], sum[G] = {};
@@ -3134,8 +3205,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         for (int u = 0; u < decode_rows; u++) {
             const int r = r0 + u * groups + group;
             const bool ok = active && r < end;
-            to_k[u] = ok ? __ldg((const uint4 *)(keys + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
-            to_v[u] = ok ? __ldg((const uint4 *)(values + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
+            to_k[u] = ok ? __ldg((const uint4 *)(r == row ? key_new : keys + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
+            to_v[u] = ok ? __ldg((const uint4 *)(r == row ? value_new : values + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
         }
     };
     int r0 = first + (rank * decode_warps + warp) * step;
@@ -3315,7 +3386,7 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
         uint8_t *const to = shared + buffer * S::q_bytes; /* [2][atoms][64, 64] f16 */
         const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * (a.q_f32 ? 4 : 2);
         for (int r = i; r < 128; r += threads)
-            spans[buffer * 128 + r] = t0 + r < a.T ? *(const int2 *)(a.span + 2 * (t0 + r)) : make_int2(0, 0);
+            spans[buffer * 128 + r] = t0 + r < a.T ? attention_span(a, t0 + r) : make_int2(0, 0);
         for (int u0 = i; u0 < units; u0 += ahead * threads) {
             uint4 x[ahead];
             int at[ahead];
@@ -3635,21 +3706,31 @@ __global__ void finish_kernel(Epilogue e, Rows y, int C) {
     if (c < C) finish(e, y, t, c, get(y, t, c));
 }
 
-// y [M, N] f16 or f32 = x [M, K] f16 * w [N, K]^T f16 + residual (like y, may lie where y does; data NULL: none), sums in
-// f32. To the library, which counts columns first, that is y^T = w x^T.
-bool dense_product(const DenseLibrary &l, cudaStream_t stream, const Rows &x, const void *w, const Rows &residual, const Rows &y, int M, int N, int K,
-                   void *workspace) {
+// y [M, N] f16 or f32 = act(x [M, K] f16 * w [N, K]^T f16 + bias [N] of y's type, or NULL) + residual (like y, may lie where
+// y does; data NULL: none; not with act), sums in f32. act: what dense_does says. To the library, which counts columns first,
+// that is y^T = w x^T.
+bool dense_does(int act) { return act == BNB_OP_NONE || act == BNB_OP_RELU || act == BNB_OP_GELU_TANH; }
+cublasLtEpilogue_t dense_epilogue(int act, bool bias) {
+    if (act == BNB_OP_RELU) return bias ? CUBLASLT_EPILOGUE_RELU_BIAS : CUBLASLT_EPILOGUE_RELU;
+    if (act == BNB_OP_GELU_TANH) return bias ? CUBLASLT_EPILOGUE_GELU_BIAS : CUBLASLT_EPILOGUE_GELU;
+    return bias ? CUBLASLT_EPILOGUE_BIAS : CUBLASLT_EPILOGUE_DEFAULT;
+}
+bool dense_product(const DenseLibrary &l, cudaStream_t stream, const Rows &x, const void *w, const void *bias, int act, const Rows &residual, const Rows &y, int M,
+                   int N, int K, void *workspace) {
     cublasLtMatmulDesc_t desc = nullptr;
     cublasLtMatrixLayout_t a = nullptr, b = nullptr, c = nullptr, d = nullptr;
     cublasLtMatmulPreference_t wish = nullptr;
     cublasLtMatmulHeuristicResult_t found = {};
     const cublasOperation_t transposed = CUBLAS_OP_T;
+    const cublasLtEpilogue_t epilogue = dense_epilogue(act, bias != nullptr);
     const uint64_t bytes = DENSE_WORKSPACE;
     const Rows &from = residual.data ? residual : y;
     const float one = 1, keep = residual.data ? 1 : 0;
     int n_found = 0;
     bool ok = l.desc_create(&desc, CUBLAS_COMPUTE_32F, CUDA_R_32F) == CUBLAS_STATUS_SUCCESS &&
               l.desc_set(desc, CUBLASLT_MATMUL_DESC_TRANSA, &transposed, sizeof transposed) == CUBLAS_STATUS_SUCCESS &&
+              l.desc_set(desc, CUBLASLT_MATMUL_DESC_EPILOGUE, &epilogue, sizeof epilogue) == CUBLAS_STATUS_SUCCESS &&
+              (!bias || l.desc_set(desc, CUBLASLT_MATMUL_DESC_BIAS_POINTER, &bias, sizeof bias) == CUBLAS_STATUS_SUCCESS) &&
               l.layout_create(&a, CUDA_R_16F, static_cast<uint64_t>(K), static_cast<uint64_t>(N), K) == CUBLAS_STATUS_SUCCESS &&
               l.layout_create(&b, CUDA_R_16F, static_cast<uint64_t>(K), static_cast<uint64_t>(M), x.ld) == CUBLAS_STATUS_SUCCESS &&
               l.layout_create(&c, from.f16 ? CUDA_R_16F : CUDA_R_32F, static_cast<uint64_t>(N), static_cast<uint64_t>(M), from.ld) == CUBLAS_STATUS_SUCCESS &&
@@ -3683,6 +3764,7 @@ struct Step {
     int act = BNB_OP_NONE;                  // linear
     const bnb_tensor *residual = nullptr;   // linear
     const bnb_tensor *norm = nullptr;       // linear: its input is this node's
+    std::vector<const bnb_tensor *> writes; // attention: set_rows of keys and of values that it carries out itself
 };
 
 struct Compiled {
@@ -3749,11 +3831,28 @@ void run_embed(Launch &l, const Step &s) {
                l.plan.device->fault, l.node());
 }
 
+bool aligned16(std::initializer_list<const void *> list) {
+    uintptr_t all = 0;
+    for (const void *p : list) all |= reinterpret_cast<uintptr_t>(p);
+    return all % 16 == 0;
+}
+
 void run_norm(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
-    unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
-    l.q.launch(norm_kernel, dim3(static_cast<unsigned>(y->shape[0])), dim3(threads), l.rows(y->src[0]), l.numbers(y->src[1]), l.numbers(y->src[2]),
-               y->params.norm.eps, y->op == BNB_OP_LAYER_NORM, l.rows(y), static_cast<int>(y->shape[1]));
+    const Rows x = l.rows(y->src[0]), out = l.rows(y);
+    const Numbers w = l.numbers(y->src[1]), b = l.numbers(y->src[2]);
+    const int C = static_cast<int>(y->shape[1]), layer = y->op == BNB_OP_LAYER_NORM, pieces = (C + 4 * THREADS - 1) / (4 * THREADS);
+    const dim3 grid(static_cast<unsigned>(y->shape[0]));
+    const bool fast = !x.f16 && out.f16 && C % 4 == 0 && x.ld % 4 == 0 && out.ld % 4 == 0 && pieces <= 16 && (!w.data || w.type == BNB_F32) &&
+                      (!b.data || b.type == BNB_F32) && aligned16({x.data, out.data, w.data, b.data});
+    if (!fast) {
+        const unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
+        l.q.launch(norm_kernel, grid, dim3(threads), x, w, b, y->params.norm.eps, layer, out, C);
+        return;
+    }
+    auto kernel = pieces <= 1 ? norm_rows_kernel<1> : pieces <= 2 ? norm_rows_kernel<2> : pieces <= 4 ? norm_rows_kernel<4> : pieces <= 8 ? norm_rows_kernel<8> : norm_rows_kernel<16>;
+    l.q.launch(kernel, grid, dim3(THREADS), reinterpret_cast<const float4 *>(x.data), x.ld / 4, static_cast<const float4 *>(w.data), static_cast<const float4 *>(b.data),
+               y->params.norm.eps, layer, reinterpret_cast<uint2 *>(out.data), out.ld / 4, C);
 }
 
 void run_pointwise(Launch &l, const Step &s) {
@@ -3787,10 +3886,14 @@ void run_draw(Launch &l, const Step &s) {
 
 void run_set_rows(Launch &l, const Step &s) {
     const bnb_tensor *a = s.nodes[0], *b = s.nodes.size() > 1 ? s.nodes[1] : nullptr;
-    l.q.launch(set_rows_kernel, dim3(blocks(a->shape[1], THREADS), static_cast<unsigned>(a->src[1]->shape[0])), dim3(THREADS), l.rows(a->src[1]),
-               l.rows(a->src[0]), b ? l.rows(b->src[1]) : Rows{}, b ? l.rows(b->src[0]) : Rows{},
-               static_cast<const int *>(a->src[2]->plane[0]), static_cast<int>(a->shape[0]), static_cast<int>(a->shape[1]),
-               l.plan.device->fault, l.node());
+    const Rows x = l.rows(a->src[1]), cache = l.rows(a->src[0]), x2 = b ? l.rows(b->src[1]) : Rows{}, cache2 = b ? l.rows(b->src[0]) : Rows{};
+    const int *rows = static_cast<const int *>(a->src[2]->plane[0]);
+    const int R = static_cast<int>(a->shape[0]), C = static_cast<int>(a->shape[1]);
+    const unsigned T = static_cast<unsigned>(a->src[1]->shape[0]);
+    const bool fast = C % 8 == 0 && x.f16 && cache.f16 && (!b || (x2.f16 && cache2.f16)) && (x.ld | cache.ld | x2.ld | cache2.ld) % 8 == 0 &&
+                      aligned16({x.data, cache.data, x2.data, cache2.data});
+    if (fast) l.q.launch(copy_rows_kernel, dim3(blocks(C / 8, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C / 8, l.plan.device->fault, l.node());
+    else l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C, l.plan.device->fault, l.node());
 }
 
 void run_linear(Launch &l, const Step &s) {
@@ -3828,9 +3931,17 @@ template <class F> void run_dense(Launch &l, const Step &s, F weight_of) {
         int M = static_cast<int>(y->shape[0]), N = static_cast<int>(y->shape[1]);
         Rows out = l.rows(y);
         Epilogue e = l.epilogue(s, node);
-        if (!dense_product(*l.plan.device->dense, l.q.stream, h, weight_of(node->src[1]), e.residual, out, M, N, static_cast<int>(x->shape[1]), l.scratch))
+        const void *bias = nullptr; // uploaded ones lie as f32 and as f16
+        if (node->src[2] && node->src[2]->layout == LAYOUT_NUMBERS) {
+            bias = node->src[2]->plane[out.f16];
+            e.bias = {};
+        }
+        const bool all = !e.bias.data && dense_does(e.act);
+        if (!dense_product(*l.plan.device->dense, l.q.stream, h, weight_of(node->src[1]), bias, all ? e.act : int{BNB_OP_NONE}, e.residual, out, M, N,
+                           static_cast<int>(x->shape[1]), l.scratch))
             l.q.note(cudaErrorUnknown);
         e.residual = {};
+        if (all) e.act = BNB_OP_NONE;
         if (e.bias.data || e.act) l.q.launch(finish_kernel, dim3(blocks(N, THREADS), static_cast<unsigned>(M)), dim3(THREADS), e, out, N);
     }
 }
@@ -4026,6 +4137,18 @@ bool fits_attention(const Compiled &plan, const Step &s) {
 }
 void run_attention_tile(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
+    Rows k_new = {}, v_new = {};
+    if (!s.writes.empty()) {
+        k_new = l.rows(s.writes[0]->src[1]);
+        v_new = l.rows(s.writes[1]->src[1]);
+        const uintptr_t addresses = reinterpret_cast<uintptr_t>(k_new.data) | reinterpret_cast<uintptr_t>(v_new.data);
+        if (!k_new.f16 || !v_new.f16 || addresses % 16) { // not as the kernel reads them
+            Step apart;
+            apart.nodes = s.writes;
+            run_set_rows(l, apart);
+            k_new = v_new = {};
+        }
+    }
     Rows q = l.rows(y->src[0]), k = l.rows(y->src[1]), out = l.rows(y);
     tile8::Attention a = {};
     a.T = static_cast<int>(y->shape[0]);
@@ -4044,6 +4167,11 @@ void run_attention_tile(Launch &l, const Step &s) {
     a.y = out.data;
     a.ldy = out.ld;
     a.y_f32 = !out.f16;
+    a.k_new = k_new.data;
+    a.v_new = v_new.data;
+    if (a.k_new) a.row = static_cast<const int *>(s.writes[0]->src[2]->plane[0]);
+    a.fault = l.plan.device->fault;
+    a.node = l.node();
     l.q.note(tile8::attention(l.q.stream, a, l.q.overlap));
 }
 #endif
@@ -4083,7 +4211,10 @@ bool fits_head(const Compiled &, const Step &s) { return s.y->shape[1] / s.y->pa
 bool fits_int8(const Compiled &, const Step &s) { return s.nodes[0]->src[1]->type == BNB_INT8; }
 bool fits_canonical(const Compiled &, const Step &s) { return s.nodes[0]->src[1]->type != BNB_INT8; }
 
-enum { TAKES_NORM = 1 }; // a linear kernel that can apply the norm in front of it
+enum {
+    TAKES_NORM = 1, // a linear kernel that can apply the norm in front of it
+    TAKES_ROWS = 2  // an attention kernel that can write one row of its caches itself
+};
 
 // Best first; the first row that fits a step runs it.
 struct Kernel {
@@ -4102,7 +4233,7 @@ const Kernel kernels[] = {
     {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
     {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
     {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
-    {"attention_tile", BNB_OP_ATTENTION, fits_attention, nullptr, run_attention_tile, 0},
+    {"attention_tile", BNB_OP_ATTENTION, fits_attention, nullptr, run_attention_tile, TAKES_ROWS},
     {"linear_f16_cublaslt", BNB_OP_LINEAR, fits_dense, scratch_dense, run_dense_f16, 0},
 #endif
     {"linear_int8", BNB_OP_LINEAR, fits_int8, scratch_linear_int8, run_linear_int8, 0},
@@ -4148,6 +4279,7 @@ public:
             else if (!taken_[i] && !make(nodes_[i], err)) return false;
         }
         fuse_norms();
+        fuse_rows();
         std::stable_sort(plan_.steps.begin(), plan_.steps.end(), [](const Step &a, const Step &b) { return a.at < b.at; });
         choose_halves();
         *scratch = 0;
@@ -4291,6 +4423,24 @@ private:
         plan_.steps.erase(std::remove_if(plan_.steps.begin(), plan_.steps.end(),
                                          [&](const Step &s) { return is_norm(s.op) && !out_[index(s.y)].bytes; }),
                           plan_.steps.end());
+    }
+
+    // The key and the value of a single new token, if only this attention reads the caches after they were written.
+    void fuse_rows() {
+        for (Step &s : plan_.steps) {
+            if (s.op != BNB_OP_ATTENTION || !(s.kernel->flags & TAKES_ROWS) || s.y->shape[0] != 1) continue;
+            const bnb_tensor *k = s.y->src[1], *v = s.y->src[2];
+            if (k == v || only_user(k) != s.y || only_user(v) != s.y) continue;
+            auto rows = std::find_if(plan_.steps.begin(), plan_.steps.end(), [&](const Step &o) {
+                return o.op == BNB_OP_SET_ROWS && o.nodes.size() == 2 && ((o.nodes[0] == k && o.nodes[1] == v) || (o.nodes[0] == v && o.nodes[1] == k));
+            });
+            if (rows == plan_.steps.end()) continue;
+            s.writes = {k, v};
+            take(k, s.at, false);
+            take(v, s.at, false);
+            rows->op = BNB_OP_NONE;
+        }
+        plan_.steps.erase(std::remove_if(plan_.steps.begin(), plan_.steps.end(), [](const Step &s) { return s.op == BNB_OP_NONE; }), plan_.steps.end());
     }
 
     // A result lies as f16 when everything that reads it would round it to f16 anyway.
@@ -4450,7 +4600,7 @@ uint64_t plane_bytes(const bnb_tensor *t, int p) { return bnb_plane_bytes(t->typ
 // Bytes of a plane in t's layout.
 uint64_t layout_plane(const bnb_tensor *t, int p) {
     switch (t->layout) {
-    case LAYOUT_NUMBERS: return p == 0 ? static_cast<uint64_t>(bnb_tensor_elements(t)) * 4 : 0;
+    case LAYOUT_NUMBERS: return p < 2 ? static_cast<uint64_t>(bnb_tensor_elements(t)) * (p == 0 ? 4 : 2) : 0;
 #ifdef __CUDACC__
     case LAYOUT_TILE4:
         if (p == 0) return tile4::tile4_bytes(static_cast<int>(t->shape[0]), static_cast<int>(t->shape[1]));
@@ -4556,8 +4706,11 @@ bnb_status upload_numbers(Device &d, bnb_tensor *t, const bnb_tensor *src, bnb_e
     const int64_t n = bnb_tensor_elements(t);
     float *wide = static_cast<float *>(bnb_alloc(d.env, static_cast<size_t>(n) * 4, err));
     if (!wide) return BNB_E_NOMEM;
-    bnb_status s = bnb_convert(src->type, src->plane[0], BNB_F32, wide, n, err);
-    if (!s) s = device_write(&d, t->plane[0], wide, static_cast<uint64_t>(n) * 4, err);
+    bnb_status s = BNB_OK;
+    for (int p = 0; p < 2 && !s; p++) {
+        s = bnb_convert(src->type, src->plane[0], p == 0 ? BNB_F32 : BNB_F16, wide, n, err);
+        if (!s) s = device_write(&d, t->plane[p], wide, layout_plane(t, p), err);
+    }
     bnb_free(d.env, wide, static_cast<size_t>(n) * 4);
     return s;
 }
