@@ -70,6 +70,10 @@ $(TEST): $(TEST_OBJECTS) $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) $^ -o $@ -lm -pthread
 
+$(BUILD)/test/tool_encode: $(BUILD)/tests/tool_encode.o $(BUILD)/libbnb.a
+	@mkdir -p $(@D)
+	$(LINK) $^ -o $@ -lm -pthread
+
 $(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) -fsanitize=fuzzer $^ -o $@ -lm -pthread
@@ -98,7 +102,7 @@ $(BUILD)/have/%:
 demo: $(BIN)/main
 	$(BIN)/main -m models/demo/demo-nf4.bnb -p "And God said" -n 100 --seed 1
 
-test: all $(TEST)
+test: all $(TEST) $(BUILD)/test/tool_encode
 	BNB_BIN_DIR=$(BIN) $(RUN) $(TEST) $(TESTARGS)
 
 test-library: $(TEST)

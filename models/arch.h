@@ -30,6 +30,12 @@ template <class T> T params_read(const T *given, void (*defaults)(T *, uint32_t)
     return p;
 }
 
+inline std::string shape_text(const std::vector<int64_t> &shape) { // "[2, 3]"
+    std::string s = "[";
+    for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + "]";
+}
+
 // The border between C++ and the C API: nothing is thrown across it.
 template <class F, class R> R guarded(bnb_error *err, R on_failure, F f) {
     try {

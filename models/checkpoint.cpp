@@ -88,8 +88,7 @@ bool read_tokenizer(const Origin &o, bool *found, TokenizerData *data, bnb_error
         return !chunk || parse(chunk, n, data, err);
     }
     for (const char *name : {"tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"}) {
-        std::error_code ec;
-        *found = *found || std::filesystem::exists(o.checkpoint->directory() + "/" + name, ec);
+        *found = *found || file_exists(o.checkpoint->directory() + "/" + name);
     }
     return !*found || tokenizer_from_dir(o.checkpoint->directory(), data, err);
 }

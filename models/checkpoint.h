@@ -1,7 +1,7 @@
 /* checkpoint.h: Hugging Face directories, safetensors and PyTorch files in, .bnb files out, quantizing on the way.
  *
- * Use:   beside model.h's files compile checkpoint.cpp hf_config.cpp load_policy.cpp safetensors.cpp pytorch.cpp bnb_writer.cpp
- *        synthetic.cpp and tokenizer_json.cpp (they need the header nlohmann/json.hpp, Debian's nlohmann-json3-dev).
+ * Use:   beside model.h's files compile checkpoint.cpp files.cpp hf_config.cpp load_policy.cpp safetensors.cpp pytorch.cpp
+ *        bnb_writer.cpp synthetic.cpp and tokenizer_json.cpp (they need the header nlohmann/json.hpp, Debian's nlohmann-json3-dev).
  * Not:   checkpoints that are already quantized: these come with a later version. */
 #ifndef BNB_CHECKPOINT_H
 #define BNB_CHECKPOINT_H

@@ -2,18 +2,12 @@
 #include "hf_config.h"
 
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <type_traits>
 
 namespace bnb {
 
 using nlohmann::json;
-
-static bool exists(const std::string &path) {
-    std::error_code ec;
-    return std::filesystem::exists(path, ec);
-}
 
 std::string canonical_name(const Arch &arch, const std::string &name) {
     for (const char *const *prefix = arch.prefixes; *prefix; prefix++)
@@ -159,7 +153,7 @@ static bool read_config_json(const std::string &path, const std::vector<SourceTe
 }
 
 static bool read_generation_config(const std::string &path, Config *config, bnb_error *err) {
-    if (!exists(path)) return true;
+    if (!file_exists(path)) return true;
     json generation;
     if (!json_read(path, &generation, err)) return false;
     if (!generation.is_object())
@@ -267,7 +261,7 @@ static void drop_unknown_tokens(Config *c) {
 bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
     const std::string &dir = checkpoint.directory();
     const std::string path = dir + "/config.json";
-    bool ok = exists(path) ? read_config_json(path, checkpoint.tensors(), out, err)
+    bool ok = file_exists(path) ? read_config_json(path, checkpoint.tensors(), out, err)
                            : derive_config(env, checkpoint, out, err);
     if (!ok || !read_generation_config(dir + "/generation_config.json", &out->config, err)) return false;
     drop_unknown_tokens(&out->config);

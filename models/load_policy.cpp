@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "safetensors.h" // failed, printable
+#include "files.h"
 
 namespace bnb {
 

@@ -13,6 +13,8 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "arch.h" // shape_text
+
 namespace bnb {
 namespace {
 

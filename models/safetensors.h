@@ -9,14 +9,12 @@
 // file itself, so a file that another program shortens while it is mapped ends the process (SIGBUS), as with any mmap.
 #pragma once
 
-#include <nlohmann/json_fwd.hpp>
-
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "../bnb.h"
+#include "files.h"
 
 namespace bnb {
 
@@ -33,26 +31,6 @@ struct SourceTensor {
     std::shared_ptr<const StridedView> strided; // PyTorch: set if its elements lie apart; data is NULL then
     const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
 };
-
-// A file mapped for reading.
-class MappedFile {
-public:
-    static std::unique_ptr<MappedFile> open(const std::string &path, bnb_error *err); // only regular files
-    ~MappedFile();
-    MappedFile(const MappedFile &) = delete;
-    MappedFile &operator=(const MappedFile &) = delete;
-
-    const uint8_t *data() const { return data_; }
-    uint64_t size() const { return size_; }
-
-private:
-    MappedFile() = default;
-    const uint8_t *data_ = nullptr;
-    uint64_t size_ = 0;
-};
-
-// These bytes of a file's mapping have been read and need not stay in memory: they are read again if they are needed.
-void release_pages(const void *data, uint64_t bytes);
 
 // The tensors of the safetensors file [bytes] at `data`, in the order of their data. `file` is its name in messages.
 bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file, std::vector<SourceTensor> *out,
@@ -77,22 +55,5 @@ private:
     std::vector<std::unique_ptr<MappedFile>> files_;
     std::vector<SourceTensor> tensors_;
 };
-
-// Reads a JSON file more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte
-// and anything that is not UTF-8 are errors.
-bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err);
-
-// bnb_fail for functions that say with false that they failed.
-template <class... Args> bool failed(bnb_error *err, bnb_status code, const char *format, Args... args) {
-    bnb_fail(err, code, format, args...);
-    return false;
-}
-
-bool is_utf8(const std::string &text); // well formed
-
-// For messages: names come from files, so control characters and ill-formed UTF-8 become '?' and long ones are cut.
-std::string printable(const std::string &name);
-std::string printable_path(const std::string &path);       // keeps the end, which tells files apart
-std::string shape_text(const std::vector<int64_t> &shape); // "[2, 3]"
 
 } // namespace bnb
