@@ -37,6 +37,7 @@ LINK = $(CXX) $(EXTRA) $(LDFLAGS) -Wl,--gc-sections
 LIBRARY_OBJECTS = $(BUILD)/bnb.o $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard models/*.cpp))
 TEST_OBJECTS = $(patsubst %.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)) $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 TEST = $(BUILD)/test/bnb-test
+TOOLS = $(patsubst tests/%.cpp,$(BUILD)/test/%,$(wildcard tests/tool_*.cpp))# of the scripts in tests/golden
 FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
 FUZZ_SECONDS = 60
 CLANG = clang
@@ -70,7 +71,7 @@ $(TEST): $(TEST_OBJECTS) $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) $^ -o $@ -lm -pthread
 
-$(BUILD)/test/tool_encode: $(BUILD)/tests/tool_encode.o $(BUILD)/libbnb.a
+$(TOOLS): $(BUILD)/test/%: $(BUILD)/tests/%.o $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) $^ -o $@ -lm -pthread
 
@@ -102,7 +103,7 @@ $(BUILD)/have/%:
 demo: $(BIN)/main
 	$(BIN)/main -m models/demo/demo-nf4.bnb -p "And God said" -n 100 --seed 1
 
-test: all $(TEST) $(BUILD)/test/tool_encode
+test: all $(TEST) $(TOOLS)
 	BNB_BIN_DIR=$(BIN) $(RUN) $(TEST) $(TESTARGS)
 
 test-library: $(TEST)

@@ -470,7 +470,8 @@ struct QuantOptions {
     std::string type, quant_type = "nf4", rest_type, compat = "cuda", skip_modules, keep_in_fp32;
     int32_t blocksize = 64;
     float threshold = 6.0f;
-    int64_t seed = 0; // of synthetic weights
+    int64_t seed = 0;       // of synthetic weights
+    bool checksums = false; // compared before anything else
 
     Rows rows_load_in() {
         return {
@@ -480,7 +481,7 @@ struct QuantOptions {
             {"--quant-type", "nf4|fp4", &quant_type, "which 4 bits"},
         };
     }
-    Rows rows_type(const char *help) { return {{"--type", "nf4|fp4|int8|f16|bf16|f32", &type, help}}; }
+    Rows rows_type(const char *help) { return {{"--type", "nf4|fp4|int8|f16|bf16|f32|stored", &type, help}}; }
     Rows rows() {
         return {
             {"--double-quant", "", &double_quant, "4 bits: quantize the blocks' scales as well"},
@@ -521,6 +522,7 @@ struct QuantOptions {
         if (given(&skip_modules)) p.skip_modules = skip_modules.c_str();
         if (given(&keep_in_fp32)) p.keep_in_fp32 = keep_in_fp32.c_str();
         p.seed = uint64_t(seed);
+        p.check = checksums;
         return p;
     }
 

@@ -1,9 +1,12 @@
 // hf_config.cpp: see hf_config.h.
 #include "hf_config.h"
 
+#include <cfloat>
 #include <cmath>
 #include <nlohmann/json.hpp>
 #include <type_traits>
+
+#include "quant_state.h" // torch_dtype_from_name
 
 namespace bnb {
 
@@ -97,6 +100,7 @@ static const HfKey sampling_keys[] = {
     {"top_p", "top_p"},
     {"top_k", "top_k"},
     {"repetition_penalty", "repetition_penalty"},
+    {"do_sample", "do_sample"},
     {nullptr, nullptr},
 };
 
@@ -112,34 +116,52 @@ static bool is_true(const json &object, const char *key) {
     return v != object.end() && v->is_boolean() && v->get<bool>();
 }
 
-// What the weights were quantized with, or "". Very old bitsandbytes configurations lack quant_method.
-static std::string quant_method(const json &config) {
-    auto q = config.find("quantization_config");
-    if (q == config.end() || !q->is_object()) return "";
-    const std::string method = string_or_empty(*q, "quant_method");
+// What the weights were quantized with. Very old bitsandbytes configurations lack quant_method.
+static std::string quant_method(const json &quantization) {
+    const std::string method = string_or_empty(quantization, "quant_method");
     if (!method.empty()) return method;
-    return is_true(*q, "load_in_8bit") || is_true(*q, "load_in_4bit") ? "bitsandbytes" : "an unnamed method";
+    return is_true(quantization, "load_in_8bit") || is_true(quantization, "load_in_4bit") ? "bitsandbytes"
+                                                                                          : "an unnamed method";
 }
 
-static bool refuse(const json &config, const std::string &path, bnb_error *err) {
-    const std::string shown = printable_path(path), method = quant_method(config);
-    if (!method.empty())
+// How 4-bit weights were quantized stands beside each of them; here stands only what 8-bit ones need to run.
+static bool read_quantization(const json &config, const std::string &shown, HfConfig *out, bnb_error *err) {
+    auto q = config.find("quantization_config");
+    if (q == config.end() || !q->is_object()) return true;
+    const std::string method = quant_method(*q);
+    if (method != "bitsandbytes")
         return failed(
             err, BNB_E_UNSUPPORTED,
-            "%s: the weights are already quantized (%s), which is not read yet: start from their unquantized form",
+            "%s: the weights are already quantized (%s), which is not read: start from their unquantized form",
             shown.c_str(), printable(method).c_str());
-    if (is_true(config, "add_cross_attention"))
-        return failed(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
-    return true;
+    out->quantized = true;
+    auto threshold = q->find("llm_int8_threshold");
+    if (threshold == q->end() || threshold->is_null()) return true;
+    const char *expected = assign(out->threshold, *threshold);
+    if (!expected && out->threshold >= 0 && out->threshold <= double(FLT_MAX)) return true;
+    return failed(err, BNB_E_FORMAT, "%s: 'llm_int8_threshold' is not a number from 0 on", shown.c_str());
 }
 
-static bool read_config_json(const std::string &path, const std::vector<SourceTensor> &tensors, HfConfig *out,
-                             bnb_error *err) {
+static void read_dtype(const json &config, HfConfig *out) {
+    for (const char *key : {"torch_dtype", "dtype"}) { // transformers 4, 5
+        const int32_t type = torch_dtype_from_name(string_or_empty(config, key));
+        if (type >= 0) out->dtype = type;
+    }
+}
+
+// minGPT's trainer writes a config.json of its own beside its state dict. The model's part may name a preset and no sizes.
+static bool is_mingpt(const json &config) {
+    return !config.contains("model_type") && config.contains("system") && config.contains("trainer") &&
+           config.contains("model") && config["model"].is_object();
+}
+
+static bool read_config_json(const json &config, const std::string &path, const std::vector<SourceTensor> &tensors,
+                             HfConfig *out, bnb_error *err) {
     const std::string shown = printable_path(path);
-    json config;
-    if (!json_read(path, &config, err)) return false;
-    if (!config.is_object()) return failed(err, BNB_E_FORMAT, "%s is not a JSON object", shown.c_str());
-    if (!refuse(config, path, err)) return false;
+    if (is_true(config, "add_cross_attention"))
+        return failed(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
+    if (!read_quantization(config, shown, out, err)) return false;
+    read_dtype(config, out);
     const std::string type = string_or_empty(config, "model_type");
     out->arch = type.empty() ? arch_by_tensors(tensors) : arch_find(type);
     if (!out->arch)
@@ -198,8 +220,11 @@ int64_t layer_number(const std::string &name, const std::string &prefix) {
     return n;
 }
 
-// The number of heads stands in no shape: it is known for the models that have a name, and guessed for others.
-bool find_heads(bnb_env *env, const Arch &arch, Config *c, bnb_error *err) {
+// The number of heads stands in no shape: minGPT's configuration may say it, it is known for the models that have a name,
+// and guessed for others.
+bool find_heads(bnb_env *env, const Arch &arch, const json &mingpt, Config *c, bnb_error *err) {
+    auto stated = mingpt.find("n_head");
+    if (stated != mingpt.end() && !assign(c->n_head, *stated)) return true;
     for (const Preset *p = arch.presets; p->name; p++) {
         if (p->n_layer != c->n_layer || p->n_embd != c->n_embd ||
             (p->n_embd_word ? p->n_embd_word : p->n_embd) != c->n_embd_word)
@@ -218,7 +243,8 @@ bool find_heads(bnb_env *env, const Arch &arch, Config *c, bnb_error *err) {
     return true;
 }
 
-bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
+// mingpt: the model's part of its trainer's configuration, or {}.
+bool derive_config(bnb_env *env, const Checkpoint &checkpoint, const json &mingpt, HfConfig *out, bnb_error *err) {
     const std::string shown = printable_path(checkpoint.directory());
     out->arch = arch_by_tensors(checkpoint.tensors());
     if (!out->arch)
@@ -245,7 +271,7 @@ bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bn
     c.n_embd_word = tokens->shape[1];
     c.n_ctx = positions->shape[0] - out->arch->position_offset;
     c.n_embd = positions->shape[1];
-    return find_heads(env, *out->arch, &c, err);
+    return find_heads(env, *out->arch, mingpt, &c, err);
 }
 
 } // namespace
@@ -261,8 +287,14 @@ static void drop_unknown_tokens(Config *c) {
 bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
     const std::string &dir = checkpoint.directory();
     const std::string path = dir + "/config.json";
-    bool ok = file_exists(path) ? read_config_json(path, checkpoint.tensors(), out, err)
-                           : derive_config(env, checkpoint, out, err);
+    const bool given = file_exists(path);
+    json config;
+    if (given && !json_read(path, &config, err)) return false;
+    if (given && !config.is_object())
+        return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
+    const bool ok = !given              ? derive_config(env, checkpoint, json::object(), out, err)
+                    : is_mingpt(config) ? derive_config(env, checkpoint, config["model"], out, err)
+                                        : read_config_json(config, path, checkpoint.tensors(), out, err);
     if (!ok || !read_generation_config(dir + "/generation_config.json", &out->config, err)) return false;
     drop_unknown_tokens(&out->config);
     return config_finish(out->config, err);

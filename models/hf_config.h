@@ -16,6 +16,9 @@ struct HfConfig {
     Config config;
     const Arch *arch = nullptr;
     bool tied_known = true; // false: nothing but the head itself can say whether it is tied
+    bool quantized = false; // config.json says that bitsandbytes quantized the weights
+    int32_t dtype = -1;     // type of what is not quantized, if config.json says it; -1: it does not
+    double threshold = -1;  // llm_int8_threshold; negative: not given
 };
 
 // checkpoint: whose tensors they are; its directory is where the files are looked for. Warnings go to env's log.

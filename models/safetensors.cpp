@@ -305,14 +305,11 @@ static bool refuse_foreign(const std::string &path, const char *what, bnb_error 
                   printable_path(path).c_str(), what);
 }
 
-// Weights that are quantized already are recognised by what lies beside them.
+// Weights that others than bitsandbytes quantized are recognised by what lies beside them.
 static bool refuse_quantized(const std::vector<SourceTensor> &tensors, bnb_error *err) {
     static const struct {
         const char *suffix, *what;
     } marks[] = {
-        {".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"},
-        {".quant_state.bitsandbytes__fp4", "bitsandbytes fp4"},
-        {".SCB", "bitsandbytes int8"},
         {".g_idx", "GPTQ"},
         {".qweight", "GPTQ or AWQ"},
         {".codebooks", "AQLM"},
@@ -408,7 +405,14 @@ bool Checkpoint::add_file(bnb_env *env, const std::string &path, std::vector<Sou
     if (!ok) return false;
     for (const std::string &note : notes)
         bnb_log(env, BNB_LOG_INFO, "%s: %s", printable_path(path).c_str(), note.c_str());
-    files_.push_back(std::move(file));
+    files_.push_back({path, std::move(file)});
+    return true;
+}
+
+bool Checkpoint::check(bnb_error *err) const {
+    for (const File &f : files_)
+        if (pytorch_is(f.map->data(), f.map->size()) && !pytorch_check_crc(f.map->data(), f.map->size(), f.path, err))
+            return false;
     return true;
 }
 

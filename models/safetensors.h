@@ -2,8 +2,10 @@
 //
 // Files of PyTorch are read by pytorch.h.
 //
-// Not: no writing, no GGUF, no weights that are already quantized. These are recognised and refused with a sentence
-//      that says what they are.
+// Weights that bitsandbytes quantized are several tensors here; quant_state.h makes one of them.
+//
+// Not: no writing (hf_writer.h), no GGUF, no weights that others quantized. These are recognised and refused with a
+//      sentence that says what they are.
 //
 // A file is trusted in nothing: every count, offset and name is checked before it is used. What the maps show is the
 // file itself, so a file that another program shortens while it is mapped ends the process (SIGBUS), as with any mmap.
@@ -29,7 +31,7 @@ struct SourceTensor {
     const void *data = nullptr; // in the mapped file: may be unaligned, lives as long as the file
     uint64_t bytes = 0;
     std::shared_ptr<const StridedView> strided; // PyTorch: set if its elements lie apart; data is NULL then
-    const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
+    const bnb_tensor *tensor = nullptr; // .bnb files, quantized weights: a quantized type has more than `data`
 };
 
 // The tensors of the safetensors file [bytes] at `data`, in the order of their data. `file` is its name in messages.
@@ -45,14 +47,19 @@ public:
 
     const std::string &directory() const { return directory_; } // where config.json and the tokenizer lie
     const std::vector<SourceTensor> &tensors() const { return tensors_; }
+    bool check(bnb_error *err) const; // reads the files and compares the checksums of those that have some
 
 private:
+    struct File {
+        std::string path;
+        std::unique_ptr<MappedFile> map;
+    };
     Checkpoint() = default;
     bool add_file(bnb_env *env, const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err);
     bool add_index(bnb_env *env, const std::string &path, bnb_error *err);
 
     std::string directory_;
-    std::vector<std::unique_ptr<MappedFile>> files_;
+    std::vector<File> files_;
     std::vector<SourceTensor> tensors_;
 };
 

@@ -105,7 +105,7 @@ TEST_CASE("cli: wrong usage ends with status 2 and one sentence") {
     check_failure({"main", "-m", DEMO, "--load-in-4bit", "--blocksize", "100"}, 2, "--blocksize");
     check_failure({"main", "-m", DEMO, "--compute-dtype", "int4"}, 2, "--compute-dtype");
     check_failure({"main", "-m", DEMO, "--device-map", "balanced"}, 2, "--device-map");
-    check_failure({"quantize", DEMO_HF, "--type", "nf4"}, 2, "OUT.bnb");
+    check_failure({"quantize", DEMO_HF, "--type", "nf4"}, 2, "SRC OUT");
     check_failure({"quantize", DEMO_HF, "/tmp/x.bnb"}, 2, "--type");
     check_failure({"inspect"}, 2, "MODEL");
     check_failure({"inspect", DEMO, "--synthetic", "gpt2"}, 2, "--synthetic");
