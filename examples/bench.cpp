@@ -3,6 +3,7 @@
 // Build: make     or  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o bench examples/bench.cpp models/*.cpp bnb.o -pthread
 // Use:   ./bench -m model.bnb            ./bench --synthetic opt-1.3b --type nf4
 //        ./bench --ops --shape 4096,4096 --type nf4 -b 1,4,16,64,512
+//        ./bench --load -m path/to/opt-1.3b --type nf4
 // Not:   no comparison with other programs, no control of the clock rate: look at the spread, use a quiet machine.
 //
 // Decoding one token reads every weight once, so its limit is memory bandwidth. That limit is measured here, with the
@@ -20,13 +21,13 @@ struct Options {
     cli::SyntheticOptions synthetic;
     std::string batch = "1", shape = "4096,4096";
     int64_t n_prompt = 512, n_gen = 128, reps = 5;
-    bool ops = false;
+    bool ops = false, load = false;
 };
 
 cli::Program program(Options &o) {
     return {
         "measures the speed of a model or of one matrix product, and its part of the machine's limit",
-        {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]",
+        {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]", "--load -m MODEL [--type TYPE] [options]",
          "--ops [--shape N,K] [--type TYPE] [-b 1,4,16,64,512,2048] [options]"},
         cli::Rows{cli::heading("Model")} + o.model.row_path() + o.synthetic.rows(o.quant) +
             o.quant.rows_type(
@@ -37,6 +38,7 @@ cli::Program program(Options &o) {
                       {"-n, --n-gen", "N", &o.n_gen, "generated tokens (decode); 0: skip", 0},
                       {"-b, --batch", "LIST", &o.batch, "rows: of one product each with --ops; a model takes 1 only"},
                       {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
+                      {"--load", "", &o.load, "measure how fast the model is loaded, until each weight was read once"},
                       {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
                       {"--shape", "N,K", &o.shape, "of W with --ops"}} +
             cli::Rows{cli::heading("Other")} + o.common.rows(),
@@ -456,11 +458,65 @@ void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
     table.end();
 }
 
+// ---- loading --------------------------------------------------------------------------------------------------------
+
+struct Loading {
+    bnb_convert_result result;
+    std::vector<double> times; // until each weight was read once
+};
+
+// A model whose weights stay in the mapped file has read none of them.
+void read_weights(bnb_env *env, const bnb_model *model) {
+    bnb_error err;
+    for (int32_t i = 0; i < bnb_model_tensor_count(model); i++)
+        cli::need(bnb_tensor_check_finite(env, bnb_model_tensor(model, i), &err), err);
+}
+
+Loading measure_loading(const Options &o, const cli::Given &given, bnb_env *env, bool no_mmap) {
+    Loading l = {};
+    cli::ModelOptions model = o.model;
+    model.no_mmap = no_mmap;
+    for (int64_t rep = 0; rep <= o.reps; rep++) {
+        const double start = cli::now();
+        const cli::Model loaded = model.load(env, given, o.quant, &l.result);
+        if (l.result.read_s == 0) read_weights(env, loaded.get());
+        if (rep) l.times.push_back(cli::now() - start);
+        cli::stop_if_interrupted();
+    }
+    return l;
+}
+
+void bench_load(const Options &o, const cli::Given &given, bnb_env *env) {
+    std::vector<cli::Json> rows;
+    for (bool no_mmap : {false, true}) {
+        if (o.model.no_mmap && !no_mmap) continue;
+        const Loading l = measure_loading(o, given, env, no_mmap);
+        const double s = cli::median(l.times), gb_s = double(l.result.bytes_in) / s / 1e9;
+        rows.push_back(cli::Json()
+                           .add("no_mmap", no_mmap)
+                           .add("bytes", l.result.bytes_in)
+                           .add("seconds", s)
+                           .add("gb_s", gb_s)
+                           .add("read_s", l.result.read_s)
+                           .add("quantize_s", l.result.quantize_s));
+        if (!o.common.json)
+            cli::print(cli::format("%-8s %10.3f GB in %8.3f s (%.3f .. %.3f), %7.2f GB/s; read %.3f s, quantize %.3f s\n",
+                                   no_mmap ? "copied" : "mapped", double(l.result.bytes_in) / 1e9, s,
+                                   *std::min_element(l.times.begin(), l.times.end()),
+                                   *std::max_element(l.times.begin(), l.times.end()), gb_s, l.result.read_s,
+                                   l.result.quantize_s));
+    }
+    if (o.common.json)
+        cli::print(cli::Json().add("model", o.model.path).add("threads", bnb_env_threads(env)).add("load", rows).text() + "\n");
+}
+
 int body(int argc, char **argv) {
     Options o;
     const cli::Given given = cli::parse(program(o), argc, argv);
     const cli::Env env = o.common.open_env();
+    if (o.ops && o.load) cli::usage("give one of --load and --ops");
     if (o.ops) bench_ops(o, given, env.get());
+    else if (o.load) bench_load(o, given, env.get());
     else bench_model(o, given, env.get());
     return cli::DONE;
 }

@@ -475,7 +475,7 @@ struct QuantOptions {
 
     Rows rows_load_in() {
         return {
-            heading("Quantizing on load (Hugging Face directories and .safetensors)"),
+            heading("Quantizing on load (Hugging Face directories, .safetensors and PyTorch files)"),
             {"--load-in-8bit", "", &in_8bit, "linear weights in LLM.int8()"},
             {"--load-in-4bit", "", &in_4bit, "linear weights in 4 bits, see --quant-type"},
             {"--quant-type", "nf4|fp4", &quant_type, "which 4 bits"},
@@ -544,7 +544,7 @@ struct ModelOptions {
     bool no_mmap = false, mlock = false;
 
     Rows row_path() {
-        return {{"-m, --model", "MODEL", &path, "a .bnb file, a Hugging Face directory or a .safetensors file"}};
+        return {{"-m, --model", "MODEL", &path, "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}};
     }
     Rows rows() {
         return {
@@ -575,10 +575,12 @@ struct ModelOptions {
         if (!outlier_rule.empty()) p.outlier_rule = outlier_rule == "row" ? BNB_OUTLIER_ROW : BNB_OUTLIER_COLUMN;
         return p;
     }
-    Model load(bnb_env *env, const Given &given, const QuantOptions &quant) const {
+    // result: NULL, or where it says what it did.
+    Model load(bnb_env *env, const Given &given, const QuantOptions &quant, bnb_convert_result *result = nullptr) const {
         if (path.empty()) usage("a model is needed: -m MODEL");
         const bnb_model_params model_params = params(given, quant);
-        const bnb_load_params load_params = quant.params(given);
+        bnb_load_params load_params = quant.params(given);
+        load_params.result = result;
         bnb_error err;
         Model model(need(bnb_model_load(env, path.c_str(), &load_params, &model_params, &err), err));
         hide_bar();

@@ -23,7 +23,7 @@ cli::Program program(Options &o) {
         "says what is in a model and what memory it needs",
         {"MODEL [options]", "--synthetic NAME --type TYPE [--n-ctx N] [options]"},
         cli::Rows{cli::heading("Model"),
-                  {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory or a .safetensors file"}} +
+                  {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}} +
             o.synthetic.rows(o.quant) + o.quant.rows_type("as if linear weights had this type") + o.quant.rows() +
             o.model.rows() +
             cli::Rows{cli::heading("What to print"),

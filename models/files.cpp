@@ -156,6 +156,8 @@ bool json_parse(const void *data, uint64_t bytes, const std::string &name, json 
         return true;
     } catch (const json::parse_error &e) {
         bnb_fail(err, BNB_E_FORMAT, "%s is not valid JSON at byte %zu", name.c_str(), e.byte);
+    } catch (const json::exception &) { // of what is well formed: a number that no double holds
+        bnb_fail(err, BNB_E_FORMAT, "%s has a number that is out of range", name.c_str());
     } catch (const std::runtime_error &e) {
         bnb_fail(err, BNB_E_FORMAT, "%s: %s", name.c_str(), e.what());
     }

@@ -174,12 +174,7 @@ static bool read_config_json(const json &config, const std::string &path, const 
            read_keys(config, sampling_keys, path, &out->config, err); // old models have these here
 }
 
-static bool read_generation_config(const std::string &path, Config *config, bnb_error *err) {
-    if (!file_exists(path)) return true;
-    json generation;
-    if (!json_read(path, &generation, err)) return false;
-    if (!generation.is_object())
-        return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
+static bool read_generation_config(const json &generation, const std::string &path, Config *config, bnb_error *err) {
     return read_keys(generation, token_keys, path, config, err) &&
            read_keys(generation, sampling_keys, path, config, err);
 }
@@ -244,9 +239,10 @@ bool find_heads(bnb_env *env, const Arch &arch, const json &mingpt, Config *c, b
 }
 
 // mingpt: the model's part of its trainer's configuration, or {}.
-bool derive_config(bnb_env *env, const Checkpoint &checkpoint, const json &mingpt, HfConfig *out, bnb_error *err) {
-    const std::string shown = printable_path(checkpoint.directory());
-    out->arch = arch_by_tensors(checkpoint.tensors());
+bool derive_config(bnb_env *env, const std::string &dir, const std::vector<SourceTensor> &tensors, const json &mingpt,
+                   HfConfig *out, bnb_error *err) {
+    const std::string shown = printable_path(dir);
+    out->arch = arch_by_tensors(tensors);
     if (!out->arch)
         return failed(err, BNB_E_UNSUPPORTED, "%s has no config.json, and the tensors' names are those of none of %s",
                       shown.c_str(), arch_names().c_str());
@@ -257,7 +253,7 @@ bool derive_config(bnb_env *env, const Checkpoint &checkpoint, const json &mingp
     c.n_layer = 0;
     const Names names = names_of(*out->arch);
     const SourceTensor *tokens = nullptr, *positions = nullptr;
-    for (const SourceTensor &t : checkpoint.tensors()) {
+    for (const SourceTensor &t : tensors) {
         const std::string name = canonical_name(*out->arch, t.name);
         if (name == names.tokens) tokens = &t;
         if (name == names.positions) positions = &t;
@@ -284,20 +280,31 @@ static void drop_unknown_tokens(Config *c) {
     c->eos.erase(std::remove_if(c->eos.begin(), c->eos.end(), unknown), c->eos.end());
 }
 
-bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
-    const std::string &dir = checkpoint.directory();
-    const std::string path = dir + "/config.json";
-    const bool given = file_exists(path);
-    json config;
-    if (given && !json_read(path, &config, err)) return false;
-    if (given && !config.is_object())
-        return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
-    const bool ok = !given              ? derive_config(env, checkpoint, json::object(), out, err)
-                    : is_mingpt(config) ? derive_config(env, checkpoint, config["model"], out, err)
-                                        : read_config_json(config, path, checkpoint.tensors(), out, err);
-    if (!ok || !read_generation_config(dir + "/generation_config.json", &out->config, err)) return false;
+bool hf_config_from_json(bnb_env *env, const std::string &dir, const json *config, const json *generation,
+                         const std::vector<SourceTensor> &tensors, HfConfig *out, bnb_error *err) {
+    const std::string path = dir + "/config.json", generation_path = dir + "/generation_config.json";
+    for (const auto &file : {std::make_pair(config, &path), std::make_pair(generation, &generation_path)})
+        if (file.first && !file.first->is_object())
+            return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(*file.second).c_str());
+    const bool ok = !config              ? derive_config(env, dir, tensors, json::object(), out, err)
+                    : is_mingpt(*config) ? derive_config(env, dir, tensors, (*config)["model"], out, err)
+                                         : read_config_json(*config, path, tensors, out, err);
+    if (!ok || (generation && !read_generation_config(*generation, generation_path, &out->config, err))) return false;
     drop_unknown_tokens(&out->config);
     return config_finish(out->config, err);
+}
+
+bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
+    const std::string &dir = checkpoint.directory();
+    json files[2];
+    const json *given[2] = {};
+    for (int i = 0; i < 2; i++) {
+        const std::string path = dir + (i == 0 ? "/config.json" : "/generation_config.json");
+        if (!file_exists(path)) continue;
+        if (!json_read(path, &files[i], err)) return false;
+        given[i] = &files[i];
+    }
+    return hf_config_from_json(env, dir, given[0], given[1], checkpoint.tensors(), out, err);
 }
 
 } // namespace bnb

@@ -9,6 +9,8 @@
 #include <nlohmann/json.hpp>
 
 #include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include "../models/arch.h"
 #include "../models/quant_state.h"
@@ -495,6 +497,62 @@ TEST_CASE("quantized: what a hostile checkpoint says is refused with a sentence"
         check_refused(env, a.write(), BNB_E_FORMAT, "'llm_int8_threshold' is not a number from 0 on");
     }
 }
+
+// ---- memory and time -----------------------------------------------------------------------------------------------
+
+// A GPT-2 of zeros whose file has no blocks on the disk.
+uint64_t write_zeros(const TempDir &dir, int64_t C, int64_t L) {
+    const bnb::Arch &arch = *bnb::arch_find("gpt2");
+    bnb::Config c;
+    c.n_vocab = 64, c.n_ctx = 8, c.n_embd = C, c.n_layer = L, c.n_head = 1, c.n_ff = 4 * C;
+    json header, config = {{"model_type", "gpt2"}, {"n_embd", C},      {"n_layer", L},
+                           {"n_head", 1},          {"n_positions", 8}, {"vocab_size", 64}};
+    uint64_t bytes = 0;
+    for (const bnb::TensorInfo &t : arch.tensors(c)) {
+        Shape shape = t.shape;
+        if (arch.may_be_transposed(t.name)) std::reverse(shape.begin(), shape.end());
+        const uint64_t begin = bytes;
+        bytes += uint64_t(count(shape)) * 4;
+        header[t.name] = {{"dtype", "F32"}, {"shape", shape}, {"data_offsets", {begin, bytes}}};
+    }
+    const std::string path = dir.file("model.safetensors");
+    write_bytes(path, raw_file(header.dump(), 0));
+    std::filesystem::resize_file(path, std::filesystem::file_size(path) + bytes);
+    write_bytes(dir.file("config.json"), bytes_of(config.dump()));
+    return bytes;
+}
+
+uint64_t peak_bytes() {
+    struct rusage usage;
+    getrusage(RUSAGE_SELF, &usage);
+    return uint64_t(usage.ru_maxrss) * 1024;
+}
+
+#ifndef TEST_ASAN // which keeps what was freed
+TEST_CASE("quantized: peak memory on load is the result and two of the largest tensors") {
+    TempDir dir;
+    const int64_t C = 768, L = 5;
+    const uint64_t bytes = write_zeros(dir, C, L), largest = uint64_t(4 * C * C) * 4;
+    for (int32_t type : {BNB_NF4, BNB_INT8}) {
+        // In a process of its own, whose peak is that of the loading. It says by its status what was wrong.
+        const pid_t child = fork();
+        if (child == 0) {
+            const uint64_t before = peak_bytes();
+            bnb_env *env = bnb_env_create(nullptr, nullptr);
+            bnb_load_params p = load_params(type);
+            bnb_convert_result r = {};
+            p.result = &r;
+            bnb_model *m = bnb_model_load(env, dir.file("").c_str(), &p, nullptr, nullptr);
+            const uint64_t peak = peak_bytes() - before, allowance = 4 << 20; // code and metadata, threads' stacks
+            _exit(!m || r.bytes_in != bytes ? 1 : peak > r.bytes_out + 2 * largest + allowance ? 2 : 0);
+        }
+        int status = -1;
+        REQUIRE(waitpid(child, &status, 0) == child);
+        CHECK(WIFEXITED(status));
+        CHECK(WEXITSTATUS(status) == 0);
+    }
+}
+#endif
 
 // ---- out -----------------------------------------------------------------------------------------------------------
 
