@@ -548,8 +548,26 @@ bool load_weights(bnb_env *env, const LoadPolicy &policy, const ConversionPlan &
     return true;
 }
 
-bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load_params &load,
-                           const bnb_model_params *params, bnb_convert_result *result, bnb_error *err) {
+// Weights that are quantized are loaded as they are, as in transformers: quantizing them once more loses accuracy, so it
+// is done by a conversion only.
+bool check_loadable(const std::string &path, int32_t stored, int32_t wanted, bnb_error *err) {
+    if (wanted < 0 || wanted == stored) return true;
+    const std::string shown = printable_path(path);
+    const char *type = bnb_type_name(wanted);
+    return failed(
+        err, BNB_E_UNSUPPORTED,
+        "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
+        shown.c_str(), bnb_type_name(stored), type ? type : "another type", shown.c_str(), type ? type : "TYPE");
+}
+
+const SourceTensor *first_quantized(const Origin &o) {
+    for (const SourceTensor &t : o.tensors)
+        if (bnb_type_is_quantized(t.type)) return &t;
+    return nullptr;
+}
+
+bnb_model *load_checkpoint(bnb_env *env, const std::string &path, bnb_load_params load, const bnb_model_params *params,
+                           bnb_convert_result *result, bnb_error *err) {
     const std::shared_ptr<LoadedWeights> loaded = std::make_shared<LoadedWeights>();
     const Origin &origin = loaded->origin;
     const bnb_model_params p = params_read(params, bnb_model_params_default);
@@ -557,6 +575,10 @@ bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load
     ModelSource model;
     if (!open_origin(env, path, &loaded->origin, err)) return nullptr;
     if (load.check && !check_origin(origin, err)) return nullptr;
+    if (const SourceTensor *q = bnb_type_is_quantized(load.type) ? first_quantized(origin) : nullptr) {
+        if (!check_loadable(path, q->type, load.type, err)) return nullptr;
+        load.type = -1;
+    }
     std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, &load, err);
     if (!policy || !make_plan(env, origin, *policy, &plan, err)) return nullptr;
     bool has_tokenizer = false;
@@ -585,14 +607,8 @@ bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params
     if (model) bnb_model_get_info(model, &info);
     result->n_tensors = model ? bnb_model_tensor_count(model) : 0;
     result->bytes_in = result->bytes_out = info.weight_bytes;
-    if (!model || load.type < 0 || load.type == info.linear_type) return model;
-    const char *stored = bnb_type_name(info.linear_type), *type = bnb_type_name(load.type);
-    const std::string shown = printable_path(path);
+    if (!model || check_loadable(path, info.linear_type, load.type, err)) return model;
     bnb_model_free(model);
-    bnb_fail(
-        err, BNB_E_UNSUPPORTED,
-        "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
-        shown.c_str(), stored, type ? type : "another type", shown.c_str(), type ? type : "TYPE");
     return nullptr;
 }
 

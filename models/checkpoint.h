@@ -25,7 +25,9 @@ typedef struct bnb_convert_result {
 /* What to do with the weights: the counterpart of transformers' BitsAndBytesConfig and accelerate's BnbQuantizationConfig.
  * load_in_8bit, load_in_4bit and bnb_4bit_quant_type are `type`, torch_dtype is `rest_type`, keep_in_fp32_modules is
  * keep_in_fp32; bnb_4bit_compute_dtype is bnb_model_params.compute_dtype. In transformers 5 the default of rest_type is the
- * checkpoint's own type, in transformers 4 and accelerate it is f16, as here. */
+ * checkpoint's own type, in transformers 4 and accelerate it is f16, as here. Modules are matched as transformers does: by
+ * a regular expression for the first parts of the name, or by the name's end (accelerate also takes a part in the middle:
+ * ".*self_attn"). */
 typedef struct bnb_load_params {
     uint32_t struct_size;
     int32_t type;             /* of linear weights: BNB_NF4, BNB_FP4, BNB_INT8, BNB_F16, BNB_BF16, BNB_F32; -1: as stored */
@@ -45,9 +47,9 @@ typedef struct bnb_load_params {
 void bnb_load_params_default(bnb_load_params *p, uint32_t struct_size);
 
 /* Opens a .bnb file, a Hugging Face directory, or a file of safetensors or PyTorch with its config.json beside it (minGPT
- * has none). load NULL: as stored. What bitsandbytes quantized is taken as it is. Tensors that need no change stay in the
- * mapped files, unless params says no_mmap. A .bnb is mapped as it is; asking it for another type is an error
- * (BNB_E_UNSUPPORTED) that names ./quantize. */
+ * has none). load NULL: as stored. Tensors that need no change stay in the mapped files, unless params says no_mmap. A
+ * .bnb and what bitsandbytes quantized are taken as they are; asking them for another quantized type, or a .bnb for any
+ * other type, is an error (BNB_E_UNSUPPORTED) that names ./quantize. */
 bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params,
                           bnb_error *err);
 /* A known configuration ("opt-125m" .. "opt-175b", "gpt2" .. "gpt2-xl", "gpt-mini", ...) with seeded random weights.

@@ -248,7 +248,7 @@ private:
     bool make_directory(bnb_error *err) {
         std::error_code ec;
         while (path_.size() > 1 && path_.back() == '/') path_.pop_back();
-        if (file_exists(path_) && !fs::is_empty(path_, ec))
+        if (file_exists(path_) && !(fs::is_directory(path_, ec) && fs::is_empty(path_, ec)))
             return failed(err, BNB_E_IO, "%s is there already and is not an empty directory",
                           printable_path(path_).c_str());
         for (int i = 0; i < 100 && directory_.empty(); i++) { // a name that is taken is another writer's

@@ -328,22 +328,20 @@ TEST_CASE("quantized: any alignment, any order of tensors, one weight in several
         check_same_tensor(bnb_model_tensor(got.get(), i), bnb_model_tensor(want.get(), i));
 }
 
-TEST_CASE("quantized: another type can be asked for, and is made of the dequantized values") {
+TEST_CASE("quantized: it is loaded as it is, dequantized, or converted to another type") {
     Env env;
     TempDir dir;
-    for (int32_t type : {BNB_F32, BNB_INT8, BNB_FP4}) {
-        const bnb_load_params p = load_params(type);
-        const Model m = loaded(env, GOLDEN + "gpt2-nf4", &p), stored = loaded(env, GOLDEN + "gpt2-nf4");
-        const bnb_tensor *t = tensor_of(m.get(), "h.0.attn.c_attn.weight"),
-                         *s = tensor_of(stored.get(), "h.0.attn.c_attn.weight");
-        REQUIRE(t->type == type);
-        const Floats a = values_of(env, t), b = values_of(env, s);
-        if (type == BNB_F32) CHECK(a == b);
-        else CHECK(distance(a, b) < (type == BNB_INT8 ? 0.01 : 0.3));
-    }
-    const bnb_load_params same = load_params(BNB_NF4); // what it is already: not quantized again
-    check_same_tensor(tensor_of(loaded(env, GOLDEN + "gpt2-nf4", &same).get(), "h.0.mlp.c_fc.weight"),
-                      tensor_of(loaded(env, GOLDEN + "gpt2-nf4").get(), "h.0.mlp.c_fc.weight"));
+    const Model stored = loaded(env, GOLDEN + "gpt2-nf4-nested");
+    const bnb_tensor *s = tensor_of(stored.get(), "h.0.attn.c_attn.weight");
+    const bnb_load_params same = load_params(BNB_NF4), f32 = load_params(BNB_F32), int8 = load_params(BNB_INT8);
+    check_same_tensor(tensor_of(loaded(env, GOLDEN + "gpt2-nf4-nested", &same).get(), s->name), s); // nested, as stored
+    CHECK(values_of(env, tensor_of(loaded(env, GOLDEN + "gpt2-nf4-nested", &f32).get(), s->name)) == values_of(env, s));
+    check_refused(env, GOLDEN + "gpt2-nf4-nested", BNB_E_UNSUPPORTED, "holds nf4 weights and is loaded as it is",
+                  &int8);
+    bnb_error err = {};
+    REQUIRE_MESSAGE(convert(env, GOLDEN + "gpt2-nf4-nested", dir.file("x.bnb"), int8, &err) == BNB_OK, err.msg);
+    const File file = open_file(env, dir.file("x.bnb"));
+    CHECK(distance(values_of(env, bnb_file_find(file.get(), s->name)), values_of(env, s)) < 0.01);
 }
 
 TEST_CASE("quantized: what a hostile checkpoint says is refused with a sentence") {
