@@ -134,12 +134,13 @@ void release_pages(const void *data, uint64_t bytes) {
 
 // ---- JSON -----------------------------------------------------------------------------------------------------------
 
-static constexpr uint64_t max_json_bytes = 128 << 20; // the largest tokenizer.json known has 33 MB
 static constexpr int max_depth = 64;
 
-bool json_parse(const void *data, uint64_t bytes, const std::string &name, json *out, bnb_error *err) {
+bool json_parse(const void *data, uint64_t bytes, const std::string &name, json *out, bnb_error *err, uint64_t most) {
     const char *text = static_cast<const char *>(data);
-    if (bytes > max_json_bytes) return failed(err, BNB_E_LIMIT, "%s has more than 128 MiB", name.c_str());
+    if (bytes > most)
+        return failed(err, BNB_E_LIMIT, "%s has more than %llu bytes", name.c_str(),
+                      static_cast<unsigned long long>(most));
     if (bytes && memchr(text, 0, size_t(bytes))) // the parser would take it for the end of the text
         return failed(err, BNB_E_FORMAT, "%s has a NUL byte in it", name.c_str());
     std::vector<std::unordered_set<std::string>> open; // keys of the objects that we are in
@@ -164,9 +165,9 @@ bool json_parse(const void *data, uint64_t bytes, const std::string &name, json 
     return false;
 }
 
-bool json_read(const std::string &path, json *out, bnb_error *err) {
+bool json_read(const std::string &path, json *out, bnb_error *err, uint64_t most) {
     std::unique_ptr<MappedFile> file = MappedFile::open(path, err);
-    return file && json_parse(file->data(), file->size(), printable_path(path), out, err);
+    return file && json_parse(file->data(), file->size(), printable_path(path), out, err, most);
 }
 
 // ---- files out ------------------------------------------------------------------------------------------------------

@@ -53,9 +53,11 @@ private:
 void release_pages(const void *data, uint64_t bytes);
 
 // Parses JSON more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte, more than
-// 128 MiB and anything that is not UTF-8 are errors. `name` begins the messages.
-bool json_parse(const void *text, uint64_t bytes, const std::string &name, nlohmann::json *out, bnb_error *err);
-bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err); // of a file
+// `most` bytes (a tree takes many times that) and anything that is not UTF-8 are errors. `name` begins the messages.
+constexpr uint64_t max_json_bytes = 128 << 20; // the largest tokenizer.json known has 33 MB
+bool json_parse(const void *text, uint64_t bytes, const std::string &name, nlohmann::json *out, bnb_error *err,
+                uint64_t most = max_json_bytes);
+bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err, uint64_t most = max_json_bytes); // a file
 
 // ---- files out ------------------------------------------------------------------------------------------------------
 

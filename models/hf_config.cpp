@@ -294,6 +294,8 @@ bool hf_config_from_json(bnb_env *env, const std::string &dir, const json *confi
     return config_finish(out->config, err);
 }
 
+constexpr uint64_t max_config_bytes = 4 << 20; // real ones have some KB
+
 bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
     const std::string &dir = checkpoint.directory();
     json files[2];
@@ -301,7 +303,7 @@ bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, b
     for (int i = 0; i < 2; i++) {
         const std::string path = dir + (i == 0 ? "/config.json" : "/generation_config.json");
         if (!file_exists(path)) continue;
-        if (!json_read(path, &files[i], err)) return false;
+        if (!json_read(path, &files[i], err, max_config_bytes)) return false;
         given[i] = &files[i];
     }
     return hf_config_from_json(env, dir, given[0], given[1], checkpoint.tensors(), out, err);

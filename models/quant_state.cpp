@@ -78,10 +78,7 @@ bool read_nested(const json &state, const std::string &name, State *out, bnb_err
 
 bool read_state(const void *text, uint64_t bytes, int32_t type, const std::string &name, State *out, bnb_error *err) {
     json state;
-    if (bytes > max_state_bytes)
-        return failed(err, BNB_E_FORMAT, "%s has more than %llu bytes", name.c_str(),
-                      static_cast<unsigned long long>(max_state_bytes));
-    if (!json_parse(text, bytes, name, &state, err)) return false;
+    if (!json_parse(text, bytes, name, &state, err, max_state_bytes)) return false;
     if (!state.is_object()) return failed(err, BNB_E_FORMAT, "%s is not a JSON object", name.c_str());
     for (const auto &item : state.items())
         if (!is_key_of_state(item.key()))

@@ -20,6 +20,7 @@ namespace fs = std::filesystem;
 
 // Beyond the format's own rules: what no real checkpoint needs and what would cost memory or hide something.
 constexpr uint64_t max_header_bytes = 100000000; // the format's
+constexpr uint64_t max_index_bytes = 32 << 20;
 constexpr size_t max_tensors = 1 << 20;
 constexpr size_t max_name_bytes = 1024;
 constexpr size_t max_rank = 8;
@@ -427,7 +428,7 @@ using ShardNames = std::map<std::string, std::unordered_set<std::string>>; // fi
 static bool read_index(const std::string &path, ShardNames *shards, bnb_error *err) {
     const std::string shown = printable_path(path);
     json index;
-    if (!json_read(path, &index, err)) return false;
+    if (!json_read(path, &index, err, max_index_bytes)) return false;
     const json *names = &index; // accelerate also takes an index that is the map itself
     if (index.is_object() && index.contains("weight_map")) names = &index["weight_map"];
     if (!names->is_object()) return failed(err, BNB_E_FORMAT, "%s: the weight_map is not an object", shown.c_str());

@@ -431,6 +431,8 @@ TEST_CASE("checkpoint: a config.json that says nonsense is refused by key") {
         {"[]", BNB_E_FORMAT, "not a JSON object"},
         {R"({"model_type":"gpt2",})", BNB_E_FORMAT, "not valid JSON at byte"},
         {"{\"a\":" + deep, BNB_E_FORMAT, "nested too deep"},
+        {"{}" + std::string(4 << 20, ' '), BNB_E_LIMIT, "more than 4194304 bytes"},
+        {R"({"model_type":"gpt2","n_embd":1e999})", BNB_E_FORMAT, "a number that is out of range"},
         {R"({"n_embd":64,"n_embd":65})", BNB_E_FORMAT, "'n_embd' stands twice"},
         {std::string("{}\0", 3), BNB_E_FORMAT, "NUL byte"},
         {R"({"model_type":"openai-gpt"})", BNB_E_UNSUPPORTED,

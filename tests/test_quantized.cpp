@@ -374,7 +374,7 @@ TEST_CASE("quantized: what a hostile checkpoint says is refused with a sentence"
         {with("\"blocksize\": 64", "\"blocksize\": 64, \"blocksize\": 128"), BNB_E_FORMAT, "stands twice"},
         {with("\"dtype\"", "\"extra\": 1, \"dtype\""), BNB_E_FORMAT, "the key 'extra' is not known"},
         {"{\"a\":" + std::string(100, '[') + std::string(100, ']') + "}", BNB_E_FORMAT, "nested too deep"},
-        {good + std::string(5000, ' '), BNB_E_FORMAT, "more than 4096 bytes"},
+        {good + std::string(5000, ' '), BNB_E_LIMIT, "more than 4096 bytes"},
         {with("\"nf4\"", "\"fp4\""), BNB_E_FORMAT, "'quant_type' is not \"nf4\""},
         {with("\"nf4\"", "7"), BNB_E_FORMAT, "'quant_type' is not \"nf4\""},
         {with("bfloat16", "float64"), BNB_E_FORMAT, "'dtype' is not float32, float16 or bfloat16"},
