@@ -13,6 +13,7 @@
 #include <unistd.h>
 
 #include "../models/arch.h"
+#include "../models/pytorch.h"
 #include "../models/quant_state.h"
 #include "../models/safetensors.h"
 #include "safetensors_image.h"
@@ -342,6 +343,33 @@ TEST_CASE("quantized: it is loaded as it is, dequantized, or converted to anothe
     REQUIRE_MESSAGE(convert(env, GOLDEN + "gpt2-nf4-nested", dir.file("x.bnb"), int8, &err) == BNB_OK, err.msg);
     const File file = open_file(env, dir.file("x.bnb"));
     CHECK(distance(values_of(env, bnb_file_find(file.get(), s->name)), values_of(env, s)) < 0.01);
+}
+
+TEST_CASE("quantized: checksums are compared where that is asked for") {
+    Env env;
+    TempDir dir;
+    Bytes file = read_bytes(GOLDEN + "mingpt-nf4-nested-128/model.pt");
+    std::vector<bnb::SourceTensor> tensors;
+    bnb_error err = {};
+    REQUIRE_MESSAGE(bnb::pytorch_parse(file.data(), file.size(), "model.pt", &tensors, nullptr, &err), err.msg);
+    const auto wte = std::find_if(tensors.begin(), tensors.end(),
+                                  [](const bnb::SourceTensor &t) { return t.name == "transformer.wte.weight"; });
+    REQUIRE((wte != tensors.end() && wte->data));
+    bnb_load_params check = load_params(-1);
+    check.check = 1;
+    write_bytes(dir.file("model.pt"), file);
+    CHECK(loaded(env, dir.file(""), &check));
+    file[size_t(static_cast<const uint8_t *>(wte->data) - file.data())] ^= 1; // the last bit of a weight
+    write_bytes(dir.file("model.pt"), file);
+    CHECK(loaded(env, dir.file("")));
+    check_refused(env, dir.file(""), BNB_E_FORMAT, "checksum", &check);
+    REQUIRE(convert(env, GOLDEN + "opt-int8", dir.file("x.bnb"), load_params(-1), &err) == BNB_OK);
+    CHECK(loaded(env, dir.file("x.bnb"), &check));
+    file = read_bytes(dir.file("x.bnb"));
+    file.back() ^= 1;
+    write_bytes(dir.file("x.bnb"), file);
+    check_refused(env, dir.file("x.bnb"), BNB_E_FORMAT, "hash", &check);
+    CHECK(convert(env, dir.file("x.bnb"), dir.file("y.bnb"), check, &err) == BNB_E_FORMAT);
 }
 
 TEST_CASE("quantized: what a hostile checkpoint says is refused with a sentence") {
