@@ -40,6 +40,7 @@ LINK = $(CXX) $(EXTRA) $(LDFLAGS) -Wl,--gc-sections
 LIBRARY_OBJECTS = $(BUILD)/bnb.o $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard models/*.cpp))
 TEST_OBJECTS = $(patsubst %.cpp,$(BUILD)/%.o,tests/main.cpp $(wildcard tests/test_*.cpp)) $(patsubst %.c,$(BUILD)/%.o,$(wildcard tests/*.c))
 TEST = $(BUILD)/test/bnb-test
+TOOLS = $(patsubst tests/%.cpp,$(BUILD)/test/%,$(wildcard tests/tool_*.cpp))# of the scripts in tests/golden
 FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
 FUZZ_SECONDS = 60
 CLANG = clang
@@ -105,6 +106,10 @@ $(TEST): $(TEST_OBJECTS) $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) $^ -o $@ $(LIBS) -lm -pthread
 
+$(TOOLS): $(BUILD)/test/%: $(BUILD)/tests/%.o $(BUILD)/libbnb.a
+	@mkdir -p $(@D)
+	$(LINK) $^ -o $@ -lm -pthread
+
 $(BUILD)/fuzz/%: $(BUILD)/tests/fuzz/%.o $(BUILD)/libbnb.a
 	@mkdir -p $(@D)
 	$(LINK) -fsanitize=fuzzer $^ -o $@ $(LIBS) -lm -pthread
@@ -133,7 +138,7 @@ $(BUILD)/have/%:
 demo: $(BIN)/main
 	$(BIN)/main -m models/demo/demo-nf4.bnb -p "And God said" -n 100 --seed 1
 
-test: all $(TEST)
+test: all $(TEST) $(TOOLS)
 	BNB_BIN_DIR=$(BIN) $(RUN) $(TEST) $(TESTARGS)
 
 test-library: $(TEST)

@@ -3,6 +3,7 @@
 // Build: make     or  cc -O2 -c bnb.c && c++ -std=c++17 -O2 -o bench examples/bench.cpp models/*.cpp bnb.o -pthread
 // Use:   ./bench -m model.bnb            ./bench --synthetic opt-1.3b --type nf4
 //        ./bench --ops --shape 4096,4096 --type nf4 -b 1,4,16,64,512
+//        ./bench --load -m path/to/opt-1.3b --type nf4
 // Not:   no comparison with other programs, no control of the clock rate: look at the spread, use a quiet machine.
 //
 // Decoding one token reads every weight once, so its limit is memory bandwidth. That limit is measured here, with the
@@ -20,13 +21,13 @@ struct Options {
     cli::SyntheticOptions synthetic;
     std::string batch = "1", shape = "4096,4096";
     int64_t n_prompt = 512, n_gen = 128, reps = 5;
-    bool ops = false, profile = false;
+    bool ops = false, profile = false, load = false;
 };
 
 cli::Program program(Options &o) {
     return {
         "measures the speed of a model or of one matrix product, and its part of the machine's limit",
-        {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]",
+        {"-m MODEL [options]", "--synthetic NAME --type TYPE [options]", "--load -m MODEL [--type TYPE] [options]",
          "--ops [--shape N,K] [--type TYPE] [-b 1,4,16,64,512,2048] [options]"},
         cli::Rows{cli::heading("Model")} + o.model.row_path() + o.synthetic.rows(o.quant) +
             o.quant.rows_type(
@@ -38,6 +39,7 @@ cli::Program program(Options &o) {
                       {"-b, --batch", "LIST", &o.batch, "sequences that a model decodes together (one number); --ops: rows of a product"},
                       {"-r, --reps", "N", &o.reps, "repetitions; the median is reported, one more warms up", 1, 10000},
                       {"--profile", "", &o.profile, "also print where the time of one token goes, kernel by kernel"},
+                      {"--load", "", &o.load, "measure how fast the model is loaded, until each weight was read once"},
                       {"--ops", "", &o.ops, "measure y = x W^T instead of a model"},
                       {"--shape", "N,K", &o.shape, "of W with --ops"}} +
             cli::Rows{cli::heading("Other")} + o.common.rows(),
@@ -495,11 +497,94 @@ void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
     table.end();
 }
 
+// ---- loading --------------------------------------------------------------------------------------------------------
+
+struct Loading {
+    bnb_convert_result result;
+    std::vector<double> times; // until each weight was read once
+};
+
+// A plane is read in parts by all threads.
+struct PlaneSum {
+    static constexpr uint64_t part = 1 << 20;
+    const uint8_t *data;
+    uint64_t bytes;
+    std::vector<uint64_t> sums; // nothing is dead code
+
+    static void sum(void *self, int64_t i) {
+        PlaneSum &p = *static_cast<PlaneSum *>(self);
+        const uint64_t end = std::min(p.bytes, uint64_t(i + 1) * part);
+        Vector s[4] = {}, v[4]; // the planes of a file are aligned to an element only
+        for (uint64_t at = uint64_t(i) * part; at < end; at += sizeof v) {
+            const size_t n = size_t(std::min<uint64_t>(sizeof v, end - at));
+            if (n < sizeof v) memset(v, 0, sizeof v);
+            memcpy(v, p.data + at, n);
+            for (int j = 0; j < 4; j++) s[j] += v[j];
+        }
+        s[0] += s[1] + s[2] + s[3];
+        for (int j = 0; j < 8; j++) p.sums[size_t(i)] += s[0][j];
+    }
+};
+
+void read_weights(bnb_env *env, const bnb_model *model) {
+    for (int32_t i = 0; i < bnb_model_tensor_count(model); i++)
+        for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+            const bnb_tensor *t = bnb_model_tensor(model, i);
+            const uint64_t bytes = bnb_plane_bytes(t->type, bnb_tensor_quant(t), t->n_dims, bnb_tensor_shape(t), p);
+            const int64_t parts = int64_t((bytes + PlaneSum::part - 1) / PlaneSum::part);
+            PlaneSum sum = {static_cast<const uint8_t *>(bnb_tensor_plane(t, p)), bytes,
+                            std::vector<uint64_t>(size_t(parts))};
+            bnb_parallel(env, parts, PlaneSum::sum, &sum);
+        }
+}
+
+Loading measure_loading(const Options &o, const cli::Given &given, bnb_env *env, bool no_mmap) {
+    Loading l = {};
+    cli::ModelOptions model = o.model;
+    model.no_mmap = no_mmap;
+    for (int64_t rep = 0; rep <= o.reps; rep++) {
+        const double start = cli::now();
+        const cli::Model loaded = model.load(env, given, o.quant, &l.result);
+        if (!no_mmap) read_weights(env, loaded.get()); // they lie in the file: loading need not have read them
+        if (rep) l.times.push_back(cli::now() - start);
+        cli::stop_if_interrupted();
+    }
+    return l;
+}
+
+void bench_load(const Options &o, const cli::Given &given, bnb_env *env) {
+    std::vector<cli::Json> rows;
+    for (bool no_mmap : {false, true}) {
+        if (o.model.no_mmap && !no_mmap) continue;
+        const Loading l = measure_loading(o, given, env, no_mmap);
+        const double s = cli::median(l.times), gb_s = double(l.result.bytes_in) / s / 1e9;
+        rows.push_back(cli::Json()
+                           .add("no_mmap", no_mmap)
+                           .add("bytes", l.result.bytes_in)
+                           .add("seconds", s)
+                           .add("gb_s", gb_s)
+                           .add("read_s", l.result.read_s)
+                           .add("quantize_s", l.result.quantize_s));
+        if (!o.common.json)
+            cli::print(cli::format(
+                "%-8s %10.3f GB in %8.3f s (%.3f .. %.3f), %7.2f GB/s; read %.3f s, quantize %.3f s\n",
+                no_mmap ? "copied" : "mapped", double(l.result.bytes_in) / 1e9, s,
+                *std::min_element(l.times.begin(), l.times.end()), *std::max_element(l.times.begin(), l.times.end()),
+                gb_s, l.result.read_s, l.result.quantize_s));
+    }
+    if (o.common.json)
+        cli::print(
+            cli::Json().add("model", o.model.path).add("threads", bnb_env_threads(env)).add("load", rows).text() +
+            "\n");
+}
+
 int body(int argc, char **argv) {
     Options o;
     const cli::Given given = cli::parse(program(o), argc, argv);
     const cli::Env env = o.common.open_env();
+    if (o.ops && o.load) cli::usage("give one of --load and --ops");
     if (o.ops) bench_ops(o, given, env.get());
+    else if (o.load) bench_load(o, given, env.get());
     else bench_model(o, given, env.get());
     return cli::DONE;
 }

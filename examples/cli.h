@@ -470,17 +470,18 @@ struct QuantOptions {
     std::string type, quant_type = "nf4", rest_type, compat = "cuda", skip_modules, keep_in_fp32;
     int32_t blocksize = 64;
     float threshold = 6.0f;
-    int64_t seed = 0; // of synthetic weights
+    int64_t seed = 0;       // of synthetic weights
+    bool checksums = false; // compared before anything else
 
     Rows rows_load_in() {
         return {
-            heading("Quantizing on load (Hugging Face directories and .safetensors)"),
+            heading("Quantizing on load (Hugging Face directories, .safetensors and PyTorch files)"),
             {"--load-in-8bit", "", &in_8bit, "linear weights in LLM.int8()"},
             {"--load-in-4bit", "", &in_4bit, "linear weights in 4 bits, see --quant-type"},
             {"--quant-type", "nf4|fp4", &quant_type, "which 4 bits"},
         };
     }
-    Rows rows_type(const char *help) { return {{"--type", "nf4|fp4|int8|f16|bf16|f32", &type, help}}; }
+    Rows rows_type(const char *help) { return {{"--type", "nf4|fp4|int8|f16|bf16|f32|stored", &type, help}}; }
     Rows rows() {
         return {
             {"--double-quant", "", &double_quant, "4 bits: quantize the blocks' scales as well"},
@@ -521,6 +522,7 @@ struct QuantOptions {
         if (given(&skip_modules)) p.skip_modules = skip_modules.c_str();
         if (given(&keep_in_fp32)) p.keep_in_fp32 = keep_in_fp32.c_str();
         p.seed = uint64_t(seed);
+        p.check = checksums;
         return p;
     }
 
@@ -543,7 +545,7 @@ struct ModelOptions {
     bool no_mmap = false, mlock = false;
 
     Rows row_path() {
-        return {{"-m, --model", "MODEL", &path, "a .bnb file, a Hugging Face directory or a .safetensors file"}};
+        return {{"-m, --model", "MODEL", &path, "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}};
     }
     Rows rows() {
         return {
@@ -576,10 +578,12 @@ struct ModelOptions {
         if (!outlier_rule.empty()) p.outlier_rule = outlier_rule == "row" ? BNB_OUTLIER_ROW : BNB_OUTLIER_COLUMN;
         return p;
     }
-    Model load(bnb_env *env, const Given &given, const QuantOptions &quant) const {
+    // result: NULL, or where it says what it did.
+    Model load(bnb_env *env, const Given &given, const QuantOptions &quant, bnb_convert_result *result = nullptr) const {
         if (path.empty()) usage("a model is needed: -m MODEL");
         const bnb_model_params model_params = params(given, quant);
-        const bnb_load_params load_params = quant.params(given);
+        bnb_load_params load_params = quant.params(given);
+        load_params.result = result;
         bnb_error err;
         Model model(need(bnb_model_load(env, path.c_str(), &load_params, &model_params, &err), err));
         hide_bar();

@@ -15,7 +15,7 @@ struct Options {
     cli::QuantOptions quant;
     cli::SyntheticOptions synthetic;
     int64_t n_ctx = 0;
-    bool tensors = false, check = false;
+    bool tensors = false;
 };
 
 cli::Program program(Options &o) {
@@ -23,13 +23,13 @@ cli::Program program(Options &o) {
         "says what is in a model and what memory it needs",
         {"MODEL [options]", "--synthetic NAME --type TYPE [--n-ctx N] [options]"},
         cli::Rows{cli::heading("Model"),
-                  {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory or a .safetensors file"}} +
+                  {"MODEL", "", &o.model.path, "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}} +
             o.synthetic.rows(o.quant) + o.quant.rows_type("as if linear weights had this type") + o.quant.rows() +
             o.model.rows() +
             cli::Rows{cli::heading("What to print"),
                       {"-c, --n-ctx, --ctx-size", "N", &o.n_ctx, "context to plan memory for; 0: the model's own", 0},
                       {"--tensors", "", &o.tensors, "a line for each tensor"},
-                      {"--check", "", &o.check, "read everything: hashes of a .bnb file, NaN and infinity"}} +
+                      {"--check", "", &o.quant.checksums, "read everything: checksums of .bnb and PyTorch files, NaN and infinity"}} +
             o.common.rows(),
         "The footprint is what get_memory_footprint() of transformers counts: codes, without scales.\n"};
 }
@@ -104,9 +104,8 @@ bool is_bnb_file(const std::string &path) {
     return is;
 }
 
-void check(bnb_env *env, const Report &r, bnb_file *file) {
+void check(bnb_env *env, const Report &r) {
     bnb_error err;
-    if (file) cli::need(bnb_file_verify(file, &err), err);
     const int32_t n = bnb_model_tensor_count(r.model);
     for (int32_t i = 0; i < n; i++) {
         cli::need(bnb_tensor_check_finite(env, bnb_model_tensor(r.model, i), &err), err);
@@ -158,7 +157,7 @@ void print_text(const Options &o, const Report &r) {
                            bnb_type_name(bnb_tensor_type(t)), static_cast<unsigned long long>(bnb_tensor_bytes(t)),
                            quant_text(t).c_str());
     }
-    if (o.check) out += o.synthetic.name.empty() ? "\nchecked: no damage, no NaN, no infinity\n" : "";
+    if (o.quant.checksums) out += o.synthetic.name.empty() ? "\nchecked: no damage, no NaN, no infinity\n" : "";
     cli::print(out);
 }
 
@@ -199,7 +198,7 @@ void print_json(const Options &o, const Report &r) {
     json.add("work_bytes", r.memory.work).add("total_gib", cli::gib(r.memory.weights + r.memory.state + r.memory.work));
     json.add("types", types_json(r));
     if (o.tensors) json.add("tensors", tensors_json(r));
-    if (o.check) json.add("checked", true);
+    if (o.quant.checksums) json.add("checked", true);
     cli::print(json.text() + "\n");
 }
 
@@ -220,7 +219,7 @@ int body(int argc, char **argv) {
     cli::need(bnb_model_memory(r.model, r.n_ctx, &r.memory, &err), err);
     count_types(r);
     if (file) read_config(r, file.get());
-    if (o.check && !synthetic) check(env.get(), r, file.get());
+    if (o.quant.checksums && !synthetic) check(env.get(), r);
     cli::hide_bar();
     if (o.common.json) print_json(o, r);
     else print_text(o, r);

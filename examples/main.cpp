@@ -209,15 +209,25 @@ const char *stop_name(int32_t reason) {
 
 double rate(int64_t n, double seconds) { return seconds > 0 ? double(n) / seconds : 0; }
 
+// What came before the first token, in seconds.
+struct Start {
+    bnb_convert_result load;
+    double load_s, session_s;
+};
+
 // The lines that users paste into issues; "prompt eval" and "eval" are llama.cpp's words.
-void report(const Options &o, const bnb_model *model, const Conversation &c, const Turn &t, double load_s,
+void report(const Options &o, const bnb_model *model, const Conversation &c, const Turn &t, const Start &start,
             double total_s) {
     const auto line = [](const char *what, int64_t n, double s, const char *unit) {
         fprintf(stderr, "%-16s = %10.2f ms / %5lld %s (%8.2f ms per token, %8.2f tokens per second)\n", what, s * 1e3,
                 static_cast<long long>(n), unit, n ? s * 1e3 / double(n) : 0, rate(n, s));
     };
     const bnb_memory m = c.memory();
-    fprintf(stderr, "\n%-16s = %10.2f ms\n", "load time", load_s * 1e3);
+    fprintf(stderr, "\n%-16s = %10.2f ms (read %.2f ms, quantize %.2f ms)\n", "load time", start.load_s * 1e3,
+            start.load.read_s * 1e3, start.load.quantize_s * 1e3);
+    if (!o.interactive)
+        fprintf(stderr, "%-16s = %10.2f ms after the start\n", "first token",
+                (start.load_s + start.session_s + t.result.prompt_s) * 1e3);
     line("prompt eval time", t.n_prompt_eval(), t.result.prompt_s, "tokens");
     line("eval time", t.n_eval, t.result.generate_s, "runs  ");
     fprintf(stderr, "%-16s = %10.2f ms\n", "total time", total_s * 1e3);
@@ -228,7 +238,7 @@ void report(const Options &o, const bnb_model *model, const Conversation &c, con
         fprintf(stderr, "%-16s = %llu\n", "seed", static_cast<unsigned long long>(o.sampling.seed));
 }
 
-void print_json(const Options &o, bnb_model *model, const Conversation &c, const Turn &t, double load_s) {
+void print_json(const Options &o, bnb_model *model, const Conversation &c, const Turn &t, const Start &start) {
     const bnb_model_info info = cli::model_info(model);
     const bnb_generate_result &r = t.result;
     const bnb_memory m = c.memory();
@@ -237,7 +247,9 @@ void print_json(const Options &o, bnb_model *model, const Conversation &c, const
     json.add("threads", bnb_env_threads(bnb_model_env(model))).add("seed", o.sampling.seed);
     json.add("prompt", o.prompt).add("text", t.text).add("stop_reason", stop_name(r.stop_reason));
     json.add("n_prompt", r.n_prompt).add("n_reused", r.n_reused).add("n_generated", r.n_generated);
-    json.add("load_s", load_s).add("prompt_s", r.prompt_s).add("generate_s", r.generate_s);
+    json.add("load_s", start.load_s).add("read_s", start.load.read_s).add("quantize_s", start.load.quantize_s);
+    json.add("first_token_s", start.load_s + start.session_s + r.prompt_s);
+    json.add("prompt_s", r.prompt_s).add("generate_s", r.generate_s);
     json.add("prefill_tok_s", rate(t.n_prompt_eval(), r.prompt_s)).add("decode_tok_s", rate(t.n_eval, r.generate_s));
     json.add("footprint_gib", cli::gib(info.footprint)).add("weight_bytes", m.weights).add("kv_bytes", m.state);
     json.add("work_bytes", m.work).add("peak_bytes", cli::peak_bytes());
@@ -272,17 +284,19 @@ int body(int argc, char **argv) {
     settle(o, given);
     const double start = cli::now();
     const cli::Env env = o.common.open_env();
-    const cli::Model model = o.model.load(env.get(), given, o.quant);
-    const double load_s = cli::now() - start;
+    Start before = {};
+    const cli::Model model = o.model.load(env.get(), given, o.quant, &before.load);
+    before.load_s = cli::now() - start;
     cli::console.bar = false; // from here on the terminal shows text
     Conversation conversation(model.get(), o);
+    before.session_s = cli::now() - start - before.load_s;
 
     Turn t;
     if (o.interactive) t = converse(conversation, o);
     else t = conversation.turn(o.prompt, !o.no_echo && !o.common.json);
-    if (o.common.json) print_json(o, model.get(), conversation, t, load_s);
+    if (o.common.json) print_json(o, model.get(), conversation, t, before);
     else if (!o.interactive && (!o.no_echo || isatty(STDOUT_FILENO))) cli::print("\n");
-    report(o, model.get(), conversation, t, load_s, cli::now() - start);
+    report(o, model.get(), conversation, t, before, cli::now() - start);
     return cli::interrupts && !o.interactive && t.result.n_generated == 0 ? int(cli::INTERRUPTED) : int(cli::DONE);
 }
 

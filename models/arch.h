@@ -33,6 +33,12 @@ template <class T> T params_read(const T *given, void (*defaults)(T *, uint32_t)
 // What of the sampling settings is a draw: all but the repetition penalty.
 bnb_draw_rule draw_rule(const bnb_sampling &sampling);
 
+inline std::string shape_text(const std::vector<int64_t> &shape) { // "[2, 3]"
+    std::string s = "[";
+    for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
+    return s + "]";
+}
+
 // The border between C++ and the C API: nothing is thrown across it.
 template <class F, class R> R guarded(bnb_error *err, R on_failure, F f) {
     try {
@@ -68,6 +74,7 @@ struct Config {
     std::vector<int64_t> eos;
     double temperature = -1, top_p = -1, repetition_penalty = -1; // generation_config.json; negative: not given
     int64_t top_k = -1;
+    bool do_sample = false;
 
     template <class Visitor> void fields(Visitor &&v) {
         v("n_vocab", n_vocab);
@@ -94,6 +101,7 @@ struct Config {
         v("top_p", top_p);
         v("repetition_penalty", repetition_penalty);
         v("top_k", top_k);
+        v("do_sample", do_sample);
     }
 };
 
@@ -131,7 +139,9 @@ struct Build {
     bnb_tensor *head(bnb_tensor *x, const char *tied_to) const;                           // lm_head, or the embedding
 };
 
-struct HfKey { const char *hf, *field; };  // config.json key -> Config field; "!field": its negation
+// config.json key -> Config field; "!field": its negation. Of several keys for a field, the last one found counts and the
+// last one in the list is written.
+struct HfKey { const char *hf, *field; };
 struct Preset {
     const char *name;
     int64_t n_layer, n_head, n_embd, n_vocab, n_ctx, n_embd_word;
@@ -140,6 +150,7 @@ struct Preset {
 
 struct Arch {
     const char *name;                                        // also config.json's model_type
+    const char *hf_class;                                    // config.json's architectures
     const char *const *prefixes;                             // stripped from tensor names, first match; NULL-terminated
     const char *const *ignored;                              // name suffixes of tensors that carry no weights; NULL-terminated
     const HfKey *hf_keys;                                    // NULL-terminated

@@ -2,17 +2,10 @@
 // written first, each at its final place, and the metadata and the header last: a file cut short has no header.
 #include "bnb_writer.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
-#include <cstdio>
 #include <cstring>
-#include <system_error>
 
-#include "safetensors.h" // failed, printable
+#include "arch.h" // shape_text
 
 namespace bnb {
 
@@ -41,41 +34,16 @@ static bnb_file_type describe(int32_t id, const bnb_quant &q) {
     return t;
 }
 
-// ---- creating and removing ------------------------------------------------------------------------------------------
-
 bool BnbWriter::fail(bnb_status code, bnb_error *err, const std::string &text) const {
     return failed(err, code, "%s: %s", printable_path(path_).c_str(), text.c_str());
-}
-
-bool BnbWriter::fail_os(bnb_error *err, const char *verb) const {
-    const int code = errno;
-    return failed(err, BNB_E_IO, "%s cannot be %s: %s", printable_path(temporary_).c_str(), verb,
-                  std::generic_category().message(code).c_str());
 }
 
 std::unique_ptr<BnbWriter> BnbWriter::create(const std::string &path, bnb_error *err) {
     std::unique_ptr<BnbWriter> w(new BnbWriter);
     w->path_ = path;
-    struct stat st;
-    if (stat(path.c_str(), &st) == 0 && !S_ISREG(st.st_mode)) {
-        w->fail(BNB_E_IO, err, "it exists and is not a regular file");
-        return nullptr;
-    }
-    // A name that is taken belongs to another writer of this process, or to a dead process that had our number.
-    for (int i = 0; i < 100 && w->fd_ < 0; i++) {
-        w->temporary_ = path + ".tmp-" + std::to_string(getpid()) + (i ? "-" + std::to_string(i) : "");
-        w->fd_ = open(w->temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
-        if (w->fd_ < 0 && errno != EEXIST) break;
-    }
-    if (w->fd_ >= 0) return w;
-    w->fail_os(err, "created");
-    return nullptr;
-}
-
-BnbWriter::~BnbWriter() {
-    if (fd_ < 0) return;
-    close(fd_);
-    unlink(temporary_.c_str());
+    w->out_ = OutputFile::create(path, err);
+    if (!w->out_) w.reset();
+    return w;
 }
 
 // ---- metadata -------------------------------------------------------------------------------------------------------
@@ -237,29 +205,12 @@ bool BnbWriter::freeze(bnb_error *err) {
     for (Tensor &t : tensors_)
         if (!place(&t, err)) return false;
     header_.file_bytes = file_bytes_;
-    if (ftruncate(fd_, off_t(file_bytes_)) != 0)
-        return fail_os(err, "extended to its size"); // the gaps are zeros from here on
+    if (!out_->resize(file_bytes_, err)) return false; // the gaps are zeros from here on
     frozen_ = true;
     return true;
 }
 
 // ---- contents -------------------------------------------------------------------------------------------------------
-
-bool BnbWriter::write_at(const void *data, uint64_t bytes, uint64_t offset, bnb_error *err) {
-    const char *p = static_cast<const char *>(data);
-    while (bytes > 0) {
-        ssize_t n = pwrite(fd_, p, size_t(std::min<uint64_t>(bytes, 1 << 30)), off_t(offset));
-        if (n < 0 && errno == EINTR) continue;
-        if (n <= 0) {
-            if (n == 0) errno = ENOSPC; // no progress and no reason given
-            return fail_os(err, "written");
-        }
-        p += n;
-        bytes -= uint64_t(n);
-        offset += uint64_t(n);
-    }
-    return true;
-}
 
 bool BnbWriter::write_tensor(const bnb_tensor *t, bnb_error *err) {
     if (!freeze(err)) return false;
@@ -279,20 +230,10 @@ bool BnbWriter::write_tensor(const bnb_tensor *t, bnb_error *err) {
         const void *data = bnb_tensor_plane(t, p);
         if (!data) return fail(BNB_E_ARG, err, "'" + printable(to.name) + "' has no memory");
         plane.hash = bnb_hash64(data, plane.bytes, 0);
-        if (!write_at(data, plane.bytes, plane.offset, err)) return false;
+        if (!out_->write_at(data, plane.bytes, plane.offset, err)) return false;
     }
     n_written_++;
     return true;
-}
-
-// Makes a rename last. It has happened already, and some file systems cannot do this, so a failure is no failure.
-static void sync_directory(const std::string &path) {
-    size_t slash = path.rfind('/');
-    std::string dir = slash == std::string::npos ? "." : path.substr(0, slash + 1);
-    int fd = open(dir.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (fd < 0) return;
-    (void)fsync(fd);
-    close(fd);
 }
 
 bool BnbWriter::finish(bnb_error *err) {
@@ -301,19 +242,8 @@ bool BnbWriter::finish(bnb_error *err) {
         return fail(BNB_E_ARG, err, "'" + printable(tensors_[n_written_].name) + "' was added but not written");
     const std::string data = metadata();
     header_.hash = bnb_hash64(data.data(), data.size(), bnb_hash64(&header_, 56, 0));
-    if (fsync(fd_) != 0) return fail_os(err, "written to the disk");
-    if (!write_at(data.data(), data.size(), header_.metadata_offset, err)) return false;
-    if (!write_at(&header_, sizeof header_, 0, err)) return false;
-    if (fsync(fd_) != 0) return fail_os(err, "written to the disk");
-    int fd = fd_;
-    fd_ = -1; // close() releases it even when it fails
-    if (close(fd) != 0 || rename(temporary_.c_str(), path_.c_str()) != 0) {
-        fail_os(err, "closed and renamed");
-        unlink(temporary_.c_str());
-        return false;
-    }
-    sync_directory(path_);
-    return true;
+    return out_->sync(err) && out_->write_at(data.data(), data.size(), header_.metadata_offset, err) &&
+           out_->write_at(&header_, sizeof header_, 0, err) && out_->commit(err);
 }
 
 } // namespace bnb

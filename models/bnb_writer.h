@@ -16,16 +16,13 @@
 #include <string>
 #include <vector>
 
-#include "../bnb.h"
+#include "files.h"
 
 namespace bnb {
 
 class BnbWriter {
 public:
     static std::unique_ptr<BnbWriter> create(const std::string &path, bnb_error *err);
-    ~BnbWriter(); // without finish(): removes what was written
-    BnbWriter(const BnbWriter &) = delete;
-    BnbWriter &operator=(const BnbWriter &) = delete;
 
     // Metadata: before the first write_tensor.
     void add_key(const std::string &name, int64_t value);
@@ -61,15 +58,13 @@ private:
     BnbWriter() = default;
     Key &new_key(const std::string &name, uint32_t kind);
     bool fail(bnb_status code, bnb_error *err, const std::string &text) const;
-    bool fail_os(bnb_error *err, const char *verb) const;
     bool freeze(bnb_error *err);
     bool check_names(bnb_error *err) const;
     bool place(Tensor *t, bnb_error *err);
     std::string metadata();
-    bool write_at(const void *data, uint64_t bytes, uint64_t offset, bnb_error *err);
 
-    std::string path_, temporary_;
-    int fd_ = -1;
+    std::string path_;
+    std::unique_ptr<OutputFile> out_;
     bool frozen_ = false;
     size_t n_written_ = 0;
     uint64_t file_bytes_ = 0;

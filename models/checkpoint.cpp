@@ -1,4 +1,4 @@
-// checkpoint.cpp: Hugging Face checkpoints into models and .bnb files.
+// checkpoint.cpp: checkpoints into models, .bnb files and Hugging Face directories.
 //
 // Both ways make one plan, a list that says of every tensor of the network which tensor of the source it is made from
 // and what it becomes, and both fill their tensors with one function, produce(). See checkpoint.h and load_policy.h.
@@ -11,9 +11,12 @@
 
 #include "arch.h"
 #include "bnb_writer.h"
+#include "checkpoint_writer.h"
 #include "hf_config.h"
+#include "hf_writer.h"
 #include "load_policy.h"
 #include "pytorch.h"
+#include "quant_state.h"
 #include "safetensors.h"
 #include "tokenizer_json.h"
 
@@ -34,6 +37,7 @@ struct Origin {
     std::unique_ptr<Checkpoint> checkpoint;
     std::unique_ptr<bnb_file, FreeFile> file;
     HfConfig hf;
+    QuantizedWeights quantized;
     std::vector<SourceTensor> tensors;
 };
 
@@ -66,16 +70,29 @@ bool open_bnb(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) 
     return true;
 }
 
+// The type of what is not quantized, where no config.json says it.
+int32_t plain_dtype(const std::vector<SourceTensor> &tensors) {
+    for (const SourceTensor &t : tensors)
+        if (is_plain_float(t.type) && t.shape.size() == 2) return t.type;
+    return BNB_F16;
+}
+
 bool open_checkpoint(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
     o->checkpoint = Checkpoint::open(env, path, err);
     if (!o->checkpoint || !hf_config_read(env, *o->checkpoint, &o->hf, err)) return false;
     o->tensors = o->checkpoint->tensors();
-    return true;
+    o->quantized.int8_dtype = o->hf.dtype >= 0 ? o->hf.dtype : plain_dtype(o->tensors);
+    if (o->hf.threshold >= 0) o->quantized.int8_threshold = float(o->hf.threshold);
+    return o->quantized.fold(env, o->name, &o->tensors, err);
 }
 
 bool open_origin(bnb_env *env, const std::string &path, Origin *o, bnb_error *err) {
     o->name = printable_path(path);
     return is_bnb_file(path) ? open_bnb(env, path, o, err) : open_checkpoint(env, path, o, err);
+}
+
+bool check_origin(const Origin &o, bnb_error *err) {
+    return o.file ? bnb_file_verify(o.file.get(), err) == BNB_OK : o.checkpoint->check(err);
 }
 
 // The tokenizer, if there is one. A .bnb has it in the form in which it is written.
@@ -88,8 +105,7 @@ bool read_tokenizer(const Origin &o, bool *found, TokenizerData *data, bnb_error
         return !chunk || parse(chunk, n, data, err);
     }
     for (const char *name : {"tokenizer.json", "vocab.json", "merges.txt", "encoder.json", "vocab.bpe"}) {
-        std::error_code ec;
-        *found = *found || std::filesystem::exists(o.checkpoint->directory() + "/" + name, ec);
+        *found = *found || file_exists(o.checkpoint->directory() + "/" + name);
     }
     return !*found || tokenizer_from_dir(o.checkpoint->directory(), data, err);
 }
@@ -204,13 +220,16 @@ std::vector<int64_t> reversed(const std::vector<int64_t> &shape) { return {shape
 
 // Whether the matrices that may be are stored [in, out]: nothing says so but the shapes of those that are not square,
 // and those must agree. A square one tells nothing by itself, and a wrong guess would run and produce nonsense.
+// Quantized matrices are [out, in] whatever they were before; where they leave nothing else to tell by, transformers
+// made the checkpoint, whose matrices are [in, out].
 bool find_layout(const Origin &o, const std::vector<TensorInfo> &infos, const Bound &bound, bool *transposed,
                  bnb_error *err) {
     const SourceTensor *decided = nullptr;
-    *transposed = false;
+    *transposed = o.hf.quantized;
     for (const TensorInfo &info : infos) {
         auto it = bound.find(info.name);
-        if (!o.hf.arch->may_be_transposed(info.name) || it == bound.end() || info.shape == reversed(info.shape))
+        if (!o.hf.arch->may_be_transposed(info.name) || it == bound.end() || it->second->tensor ||
+            info.shape == reversed(info.shape))
             continue;
         bool in_out = it->second->shape == reversed(info.shape);
         if (!in_out && it->second->shape != info.shape) continue; // the check of shapes says more about it
@@ -280,7 +299,7 @@ bool make_plan(bnb_env *env, const Origin &o, const LoadPolicy &policy, Conversi
         auto it = bound.find(info.name);
         if (it == bound.end()) continue; // optional
         const SourceTensor *s = it->second;
-        PlanItem item = {info, s, transposed && o.hf.arch->may_be_transposed(info.name), {}};
+        PlanItem item = {info, s, transposed && !s->tensor && o.hf.arch->may_be_transposed(info.name), {}};
         if (!check_item(o, item, err)) return false;
         item.target = policy.target(info, s->type, s->tensor ? bnb_tensor_quant(s->tensor) : nullptr);
         plan->bytes_in += source_bytes(item);
@@ -331,10 +350,34 @@ template <class T> void transpose_part(void *arg, int64_t i) {
     }
 }
 
-// The values of an item in the plain type of dst, [out, in].
+// One tensor with memory of its own.
+std::shared_ptr<TensorStore> scratch_tensor(bnb_env *env, const TensorInfo &info, const Target &target,
+                                            bnb_error *err) {
+    std::shared_ptr<TensorStore> store = TensorStore::create(env, err);
+    if (!store) return nullptr;
+    store->add(info.name, info.shape, target.type, &target.quant);
+    if (!store->status(err) || !store->alloc(err)) store.reset();
+    return store;
+}
+
+bool fill_values(bnb_env *env, const PlanItem &item, bnb_tensor *dst, bnb_error *err);
+
+bool fill_dequantized(bnb_env *env, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    if (!item.transpose) return bnb_dequantize(env, item.source->tensor, dst, err) == BNB_OK;
+    SourceTensor values = *item.source;
+    Target plain;
+    plain.type = values.type = bnb_tensor_type(dst);
+    const TensorInfo info = {item.info.name, reversed(item.info.shape), item.info.role};
+    const std::shared_ptr<TensorStore> store = scratch_tensor(env, info, plain, err);
+    if (!store || bnb_dequantize(env, item.source->tensor, store->tensors()[0], err) != BNB_OK) return false;
+    values.data = bnb_tensor_plane(store->tensors()[0], 0);
+    return fill_values(env, {item.info, &values, true, item.target}, dst, err);
+}
+
+// The values of an item in the plain type of dst.
 bool fill_values(bnb_env *env, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
     const SourceTensor &s = *item.source;
-    if (bnb_type_is_quantized(s.type)) return bnb_dequantize(env, s.tensor, dst, err) == BNB_OK;
+    if (bnb_type_is_quantized(s.type)) return fill_dequantized(env, item, dst, err);
     const int32_t type = bnb_tensor_type(dst);
     CastJob job = {static_cast<const uint8_t *>(s.data),
                    static_cast<uint8_t *>(bnb_tensor_plane(dst, 0)),
@@ -366,15 +409,19 @@ bool check_finite(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, 
                   changed ? (", stored as " + item.source->dtype).c_str() : "");
 }
 
+uint64_t plane_bytes(const bnb_tensor *t, int32_t p) {
+    return bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, p);
+}
+
 void copy_planes(const bnb_tensor *from, bnb_tensor *to) {
     for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
-        const uint64_t bytes = bnb_plane_bytes(from->type, &from->quant, from->n_dims, from->shape, p);
+        const uint64_t bytes = plane_bytes(from, p);
         if (bytes) memcpy(bnb_tensor_plane(to, p), bnb_tensor_plane(from, p), bytes);
     }
 }
 
 bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
-    std::shared_ptr<TensorStore> scratch = TensorStore::create(env, err);
+    const std::shared_ptr<TensorStore> scratch = TensorStore::create(env, err);
     if (!scratch) return false;
     scratch->add(item.info.name, item.info.shape, item.target.cast, nullptr);
     if (!scratch->status(err)) return false;
@@ -400,13 +447,52 @@ bool produce_dense(bnb_env *env, const LoadPolicy &policy, const PlanItem &item,
     return check_finite(env, policy, item, dst, err);
 }
 
-// Fills dst, RESIDENT and of the item's target type, and lets go of the source.
-bool produce(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+// Bytes of a file that a tensor is made from, [count].
+struct Span {
+    const void *data;
+    uint64_t bytes;
+};
+
+std::vector<Span> source_spans(const SourceTensor &s) {
+    if (s.strided) return {{s.strided->first, strided_extent(*s.strided)}};
+    if (!s.tensor) return {{s.data, s.bytes}};
+    std::vector<Span> spans;
+    for (int32_t p = 0; p < BNB_MAX_PLANES; p++)
+        spans.push_back({bnb_tensor_plane(s.tensor, p), plane_bytes(s.tensor, p)});
+    return spans;
+}
+
+constexpr uint64_t read_chunk = 1 << 20, smallest_page = 4096;
+
+void read_part(void *arg, int64_t i) {
+    const Span &span = *static_cast<const Span *>(arg);
+    const volatile uint8_t *p = static_cast<const uint8_t *>(span.data);
+    const uint64_t begin = uint64_t(i) * read_chunk, end = std::min(span.bytes, begin + read_chunk);
+    for (uint64_t at = begin; at < end; at += smallest_page) (void)p[at];
+}
+
+// Brings a tensor's pages into memory with all threads, so that what comes after computes and does not wait for a disk.
+void read_source(bnb_env *env, const SourceTensor &s) {
+    for (Span span : source_spans(s))
+        bnb_parallel(env, int64_t((span.bytes + read_chunk - 1) / read_chunk), read_part, &span);
+}
+
+double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
+// Fills dst, RESIDENT and of the item's target type; shared: its memory is the source's already. Adds to the times.
+bool produce(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bool shared, bnb_tensor *dst,
+             bnb_convert_result *result, bnb_error *err) {
     std::unique_ptr<uint8_t[]> values;
-    const SourceTensor &s = *item.source, dense = dense_source(env, s, &values);
+    const SourceTensor &s = *item.source;
+    const double start = now();
+    read_source(env, s);
+    const double read = now();
+    result->read_s += read - start;
+    if (shared) return check_finite(env, policy, item, dst, err); // which does not count as quantizing
+    const SourceTensor dense = dense_source(env, s, &values);
     const bool ok = produce_dense(env, policy, {item.info, &dense, item.transpose, item.target}, dst, err);
-    if (s.strided) release_pages(s.strided->first, strided_extent(*s.strided));
-    else release_pages(s.data, s.bytes);
+    for (const Span &span : source_spans(s)) release_pages(span.data, span.bytes);
+    result->quantize_s += now() - read;
     return ok;
 }
 
@@ -417,86 +503,193 @@ bool report_progress(bnb_env *env, const char *phase, const ConversionPlan &plan
 
 // ---- loading --------------------------------------------------------------------------------------------------------
 
-bnb_model *load_checkpoint(bnb_env *env, const std::string &path, const bnb_load_params *load,
-                           const bnb_model_params *params, bnb_error *err) {
+// What a loaded model keeps: its tensors, and the files that some of them lie in.
+struct LoadedWeights {
     Origin origin;
+    std::shared_ptr<TensorStore> store;
+};
+
+// Whether the model can use the source's memory itself: the same numbers in the same order, and aligned.
+bool can_share(const PlanItem &item) {
+    const SourceTensor &s = *item.source;
+    if (bnb_type_is_quantized(item.target.type)) return item.target.copy;
+    const uintptr_t alignment = uintptr_t(bnb_type_bits(item.target.type)) / 8;
+    return s.type == item.target.type && !item.transpose && !s.strided &&
+           reinterpret_cast<uintptr_t>(s.data) % alignment == 0;
+}
+
+bool share(const SourceTensor &s, bnb_tensor *t, bnb_error *err) {
+    void *planes[BNB_MAX_PLANES] = {const_cast<void *>(s.data)};
+    for (int32_t p = 0; s.tensor && p < BNB_MAX_PLANES; p++) planes[p] = bnb_tensor_plane(s.tensor, p);
+    return bnb_tensor_bind(t, planes, err) == BNB_OK;
+}
+
+bool load_weights(bnb_env *env, const LoadPolicy &policy, const ConversionPlan &plan, bool mapped, TensorStore *store,
+                  bnb_convert_result *result, bnb_error *err) {
+    std::vector<bool> shared;
+    for (const PlanItem &item : plan.items) {
+        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+        shared.push_back(mapped && can_share(item));
+        if (shared.back() && store->tensors().back() && !share(*item.source, store->tensors().back(), err))
+            return false;
+    }
+    if (!store->status(err) || !store->alloc(err)) return false;
+    uint64_t done = 0;
+    for (size_t i = 0; i < plan.items.size(); i++) {
+        bnb_tensor *t = store->tensors()[i];
+        if (!produce(env, policy, plan.items[i], shared[i], t, result, err)) return false;
+        done += source_bytes(plan.items[i]);
+        result->bytes_out += bnb_tensor_bytes(t);
+        result->n_quantized += bnb_type_is_quantized(t->type);
+        if (!report_progress(env, "load", plan, done, err)) return false;
+    }
+    result->n_tensors = int64_t(plan.items.size());
+    result->bytes_in = plan.bytes_in;
+    return true;
+}
+
+// Weights that are quantized are loaded as they are, as in transformers: quantizing them once more loses accuracy, so it
+// is done by a conversion only.
+bool check_loadable(const std::string &path, int32_t stored, int32_t wanted, bnb_error *err) {
+    if (wanted < 0 || wanted == stored) return true;
+    const std::string shown = printable_path(path);
+    const char *type = bnb_type_name(wanted);
+    return failed(
+        err, BNB_E_UNSUPPORTED,
+        "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
+        shown.c_str(), bnb_type_name(stored), type ? type : "another type", shown.c_str(), type ? type : "TYPE");
+}
+
+const SourceTensor *first_quantized(const Origin &o) {
+    for (const SourceTensor &t : o.tensors)
+        if (bnb_type_is_quantized(t.type)) return &t;
+    return nullptr;
+}
+
+bnb_model *load_checkpoint(bnb_env *env, const std::string &path, bnb_load_params load, const bnb_model_params *params,
+                           bnb_convert_result *result, bnb_error *err) {
+    const std::shared_ptr<LoadedWeights> loaded = std::make_shared<LoadedWeights>();
+    const Origin &origin = loaded->origin;
+    const bnb_model_params p = params_read(params, bnb_model_params_default);
     ConversionPlan plan;
     ModelSource model;
-    if (!open_origin(env, path, &origin, err)) return nullptr;
-    std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, load, err);
+    if (!open_origin(env, path, &loaded->origin, err)) return nullptr;
+    if (load.check && !check_origin(origin, err)) return nullptr;
+    if (const SourceTensor *q = bnb_type_is_quantized(load.type) ? first_quantized(origin) : nullptr) {
+        if (!check_loadable(path, q->type, load.type, err)) return nullptr;
+        load.type = -1;
+    }
+    std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, &load, err);
     if (!policy || !make_plan(env, origin, *policy, &plan, err)) return nullptr;
     bool has_tokenizer = false;
     TokenizerData tokenizer;
     if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return nullptr;
     if (has_tokenizer && !(model.tokenizer = Tokenizer::create(std::move(tokenizer), err))) return nullptr;
-    std::shared_ptr<TensorStore> store = TensorStore::create(env, err);
-    if (!store) return nullptr;
-    for (const PlanItem &item : plan.items)
-        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
-    if (!store->status(err) || !store->alloc(err)) return nullptr;
-    uint64_t done = 0;
-    for (size_t i = 0; i < plan.items.size(); i++) {
-        if (!produce(env, *policy, plan.items[i], store->tensors()[i], err)) return nullptr;
-        done += source_bytes(plan.items[i]);
-        if (!report_progress(env, "load", plan, done, err)) return nullptr;
-    }
+    loaded->store = TensorStore::create(env, err);
+    if (!loaded->store || !load_weights(env, *policy, plan, !p.no_mmap, loaded->store.get(), result, err))
+        return nullptr;
+    if (p.mlock) loaded->store->lock(env);
     model.config = plan.config;
-    model.tensors = store->tensors();
-    model.keep = store;
+    model.tensors = loaded->store->tensors();
+    model.keep = loaded;
+    if (p.no_mmap) loaded->origin = Origin(); // nothing lies in the files
     return model_create(env, std::move(model), params, err);
 }
 
 // A .bnb is mapped as it is. What it is asked to be can only be checked.
-bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params *load, const bnb_model_params *params,
-                    bnb_error *err) {
+bnb_model *load_bnb(bnb_env *env, const std::string &path, const bnb_load_params &load, const bnb_model_params *params,
+                    bnb_convert_result *result, bnb_error *err) {
+    const std::unique_ptr<bnb_file, FreeFile> file(load.check ? bnb_file_open(env, path.c_str(), 0, err) : nullptr);
+    if (load.check && (!file || bnb_file_verify(file.get(), err) != BNB_OK)) return nullptr;
     bnb_model *model = bnb_model_open(env, path.c_str(), params, err);
-    const int32_t wanted = params_read(load, bnb_load_params_default).type;
     bnb_model_info info = {};
     info.struct_size = sizeof info;
     if (model) bnb_model_get_info(model, &info);
-    if (!model || wanted < 0 || wanted == info.linear_type) return model;
-    const char *stored = bnb_type_name(info.linear_type), *type = bnb_type_name(wanted);
-    const std::string shown = printable_path(path);
+    result->n_tensors = model ? bnb_model_tensor_count(model) : 0;
+    result->bytes_in = result->bytes_out = info.weight_bytes;
+    if (!model || check_loadable(path, info.linear_type, load.type, err)) return model;
     bnb_model_free(model);
-    bnb_fail(
-        err, BNB_E_UNSUPPORTED,
-        "%s holds %s weights and is loaded as it is: for %s make another file with ./quantize %s OUT.bnb --type %s",
-        shown.c_str(), stored, type ? type : "another type", shown.c_str(), type ? type : "TYPE");
     return nullptr;
 }
 
 // ---- converting -----------------------------------------------------------------------------------------------------
 
-bool write_metadata(const Origin &origin, const ConversionPlan &plan, BnbWriter *w, bnb_error *err) {
-    Config config = plan.config;
-    w->add_key("general.arch", config.arch);
-    w->add_key("general.version", BNB_VERSION);
-    config.fields([&](const char *name, auto &value) { w->add_key(std::string("config.") + name, value); });
-    bool has_tokenizer = false;
-    TokenizerData tokenizer;
-    if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return false;
-    if (has_tokenizer) w->add_chunk("tokn", serialize(tokenizer));
-    for (const PlanItem &item : plan.items)
-        w->add_tensor(item.info.name, item.target.type, &item.target.quant, item.info.shape);
+// A .bnb file.
+class BnbForm : public CheckpointWriter {
+public:
+    explicit BnbForm(std::unique_ptr<BnbWriter> writer) : writer_(std::move(writer)) {}
+
+    static std::unique_ptr<CheckpointWriter> create(const std::string &path, const CheckpointContents &contents,
+                                                    uint64_t, bnb_error *err) {
+        std::unique_ptr<BnbWriter> w = BnbWriter::create(path, err);
+        if (!w) return nullptr;
+        Config config = contents.config;
+        w->add_key("general.arch", config.arch);
+        w->add_key("general.version", BNB_VERSION);
+        config.fields([&](const char *name, auto &value) { w->add_key(std::string("config.") + name, value); });
+        if (contents.has_tokenizer) w->add_chunk("tokn", serialize(contents.tokenizer));
+        for (const OutputTensor &t : contents.tensors) w->add_tensor(t.info.name, t.type, &t.quant, t.info.shape);
+        return std::make_unique<BnbForm>(std::move(w));
+    }
+    bool write_tensor(const bnb_tensor *t, bnb_error *err) override { return writer_->write_tensor(t, err); }
+    bool finish(bnb_error *err) override { return writer_->finish(err); }
+    uint64_t file_bytes() const override { return writer_->file_bytes(); }
+
+private:
+    std::unique_ptr<BnbWriter> writer_;
+};
+
+const struct Format {
+    int32_t id;
+    bool conv1d; // plain matrices that may be [in, out] are
+    std::unique_ptr<CheckpointWriter> (*create)(const std::string &path, const CheckpointContents &,
+                                                uint64_t shard_bytes, bnb_error *);
+} formats[] = {
+    {BNB_FORMAT_BNB, false, BnbForm::create},
+    {BNB_FORMAT_HF, true, hf_writer_create},
+};
+
+const Format *find_format(int32_t id, bnb_error *err) {
+    for (const Format &f : formats)
+        if (f.id == id) return &f;
+    bnb_fail(err, BNB_E_ARG, "there is no output format %d", static_cast<int>(id));
+    return nullptr;
+}
+
+bool gather_contents(const Origin &origin, const Format &format, ConversionPlan *plan, CheckpointContents *out,
+                     bnb_error *err) {
+    out->arch = origin.hf.arch;
+    out->config = plan->config;
+    if (!read_tokenizer(origin, &out->has_tokenizer, &out->tokenizer, err)) return false;
+    if (origin.checkpoint) out->tokenizer_dir = origin.checkpoint->directory();
+    for (PlanItem &item : plan->items) {
+        if (format.conv1d && !bnb_type_is_quantized(item.target.type) && out->arch->may_be_transposed(item.info.name)) {
+            item.info.shape = reversed(item.info.shape);
+            item.transpose = !item.transpose;
+        }
+        out->tensors.push_back({item.info, item.target.type, item.target.quant});
+    }
     return true;
 }
 
 bool convert(bnb_env *env, const std::string &src, const std::string &dst, const bnb_load_params *load,
-             bnb_convert_result *result, bnb_error *err) {
+             const bnb_save_params &save, bnb_convert_result *result, bnb_error *err) {
     Origin origin;
     ConversionPlan plan;
-    if (!open_origin(env, src, &origin, err)) return false;
+    CheckpointContents contents;
+    const Format *format = find_format(save.format, err);
+    if (!format || !open_origin(env, src, &origin, err)) return false;
+    if (params_read(load, bnb_load_params_default).check && !check_origin(origin, err)) return false;
     std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, load, err);
     if (!policy || !make_plan(env, origin, *policy, &plan, err)) return false;
-    std::unique_ptr<BnbWriter> writer = BnbWriter::create(dst, err);
-    if (!writer || !write_metadata(origin, plan, writer.get(), err)) return false;
+    if (!gather_contents(origin, *format, &plan, &contents, err)) return false;
+    std::unique_ptr<CheckpointWriter> writer = format->create(dst, contents, save.shard_bytes, err);
+    if (!writer) return false;
     uint64_t done = 0;
     for (const PlanItem &item : plan.items) {
-        std::shared_ptr<TensorStore> store = TensorStore::create(env, err); // one tensor at a time
-        if (!store) return false;
-        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
-        if (!store->status(err) || !store->alloc(err)) return false;
-        if (!produce(env, *policy, item, store->tensors()[0], err) || !writer->write_tensor(store->tensors()[0], err))
+        const std::shared_ptr<TensorStore> store = scratch_tensor(env, item.info, item.target, err); // one at a time
+        if (!store || !produce(env, *policy, item, false, store->tensors()[0], result, err) ||
+            !writer->write_tensor(store->tensors()[0], err))
             return false;
         done += source_bytes(item);
         result->n_quantized += bnb_type_is_quantized(item.target.type);
@@ -528,22 +721,33 @@ void bnb_load_params_default(bnb_load_params *p, uint32_t struct_size) {
 
 bnb_model *bnb_model_load(bnb_env *env, const char *path, const bnb_load_params *load, const bnb_model_params *params,
                           bnb_error *err) {
-    return guarded(err, static_cast<bnb_model *>(nullptr), [&] {
-        return is_bnb_file(path) ? load_bnb(env, path, load, params, err)
-                                 : load_checkpoint(env, path, load, params, err);
+    const double start = now();
+    const bnb_load_params p = params_read(load, bnb_load_params_default);
+    bnb_convert_result r = {};
+    bnb_model *model = guarded(err, static_cast<bnb_model *>(nullptr), [&] {
+        return is_bnb_file(path) ? load_bnb(env, path, p, params, &r, err)
+                                 : load_checkpoint(env, path, p, params, &r, err);
     });
+    r.seconds = now() - start;
+    if (model && p.result) *p.result = r;
+    return model;
+}
+
+void bnb_save_params_default(bnb_save_params *p, uint32_t struct_size) {
+    params_write(p, struct_size, bnb_save_params{struct_size, BNB_FORMAT_BNB, 5000000000});
 }
 
 bnb_status bnb_convert_checkpoint(bnb_env *env, const char *src, const char *dst, const bnb_load_params *load,
-                                  bnb_convert_result *result, bnb_error *err) {
-    const auto start = std::chrono::steady_clock::now();
+                                  const bnb_save_params *save, bnb_convert_result *result, bnb_error *err) {
+    const double start = now();
     bnb_convert_result r = {};
     bnb_error why = {};
-    if (!guarded(&why, false, [&] { return convert(env, src, dst, load, &r, &why); })) {
+    const bnb_save_params p = params_read(save, bnb_save_params_default);
+    if (!guarded(&why, false, [&] { return convert(env, src, dst, load, p, &r, &why); })) {
         if (err) *err = why;
         return why.code;
     }
-    r.seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    r.seconds = now() - start;
     if (result) *result = r;
     return BNB_OK;
 }

@@ -72,12 +72,12 @@ const char *const prefixes[] = {"transformer.", nullptr};
 const char *const ignored[] = {".attn.bias", ".attn.masked_bias", nullptr}; // causal masks
 
 const HfKey hf_keys[] = {
-    {"n_embd", "n_embd"},
     {"hidden_size", "n_embd"},
-    {"n_layer", "n_layer"},
+    {"n_embd", "n_embd"},
     {"num_hidden_layers", "n_layer"},
-    {"n_head", "n_head"},
+    {"n_layer", "n_layer"},
     {"num_attention_heads", "n_head"},
+    {"n_head", "n_head"},
     {"n_ctx", "n_ctx"},
     {"n_positions", "n_ctx"},
     {"n_inner", "n_ff"},
@@ -106,7 +106,7 @@ const Preset presets[] = {
 
 } // namespace
 
-const Arch gpt2_arch = {"gpt2",   prefixes, ignored, hf_keys,           presets, ".attn.c_attn.weight", 0,
-                        defaults, tensors,  may_be_transposed, build};
+const Arch gpt2_arch = {"gpt2",  "GPT2LMHeadModel",     prefixes, ignored,  hf_keys, presets,
+                        ".attn.c_attn.weight", 0, defaults, tensors,  may_be_transposed, build};
 
 } // namespace bnb

@@ -1,19 +1,16 @@
 // hf_config.cpp: see hf_config.h.
 #include "hf_config.h"
 
+#include <cfloat>
 #include <cmath>
-#include <filesystem>
 #include <nlohmann/json.hpp>
 #include <type_traits>
+
+#include "quant_state.h" // torch_dtype_from_name
 
 namespace bnb {
 
 using nlohmann::json;
-
-static bool exists(const std::string &path) {
-    std::error_code ec;
-    return std::filesystem::exists(path, ec);
-}
 
 std::string canonical_name(const Arch &arch, const std::string &name) {
     for (const char *const *prefix = arch.prefixes; *prefix; prefix++)
@@ -103,6 +100,7 @@ static const HfKey sampling_keys[] = {
     {"top_p", "top_p"},
     {"top_k", "top_k"},
     {"repetition_penalty", "repetition_penalty"},
+    {"do_sample", "do_sample"},
     {nullptr, nullptr},
 };
 
@@ -118,34 +116,52 @@ static bool is_true(const json &object, const char *key) {
     return v != object.end() && v->is_boolean() && v->get<bool>();
 }
 
-// What the weights were quantized with, or "". Very old bitsandbytes configurations lack quant_method.
-static std::string quant_method(const json &config) {
-    auto q = config.find("quantization_config");
-    if (q == config.end() || !q->is_object()) return "";
-    const std::string method = string_or_empty(*q, "quant_method");
+// What the weights were quantized with. Very old bitsandbytes configurations lack quant_method.
+static std::string quant_method(const json &quantization) {
+    const std::string method = string_or_empty(quantization, "quant_method");
     if (!method.empty()) return method;
-    return is_true(*q, "load_in_8bit") || is_true(*q, "load_in_4bit") ? "bitsandbytes" : "an unnamed method";
+    return is_true(quantization, "load_in_8bit") || is_true(quantization, "load_in_4bit") ? "bitsandbytes"
+                                                                                          : "an unnamed method";
 }
 
-static bool refuse(const json &config, const std::string &path, bnb_error *err) {
-    const std::string shown = printable_path(path), method = quant_method(config);
-    if (!method.empty())
+// How 4-bit weights were quantized stands beside each of them; here stands only what 8-bit ones need to run.
+static bool read_quantization(const json &config, const std::string &shown, HfConfig *out, bnb_error *err) {
+    auto q = config.find("quantization_config");
+    if (q == config.end() || !q->is_object()) return true;
+    const std::string method = quant_method(*q);
+    if (method != "bitsandbytes")
         return failed(
             err, BNB_E_UNSUPPORTED,
-            "%s: the weights are already quantized (%s), which is not read yet: start from their unquantized form",
+            "%s: the weights are already quantized (%s), which is not read: start from their unquantized form",
             shown.c_str(), printable(method).c_str());
-    if (is_true(config, "add_cross_attention"))
-        return failed(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
-    return true;
+    out->quantized = true;
+    auto threshold = q->find("llm_int8_threshold");
+    if (threshold == q->end() || threshold->is_null()) return true;
+    const char *expected = assign(out->threshold, *threshold);
+    if (!expected && out->threshold >= 0 && out->threshold <= double(FLT_MAX)) return true;
+    return failed(err, BNB_E_FORMAT, "%s: 'llm_int8_threshold' is not a number from 0 on", shown.c_str());
 }
 
-static bool read_config_json(const std::string &path, const std::vector<SourceTensor> &tensors, HfConfig *out,
-                             bnb_error *err) {
+static void read_dtype(const json &config, HfConfig *out) {
+    for (const char *key : {"torch_dtype", "dtype"}) { // transformers 4, 5
+        const int32_t type = torch_dtype_from_name(string_or_empty(config, key));
+        if (type >= 0) out->dtype = type;
+    }
+}
+
+// minGPT's trainer writes a config.json of its own beside its state dict. The model's part may name a preset and no sizes.
+static bool is_mingpt(const json &config) {
+    return !config.contains("model_type") && config.contains("system") && config.contains("trainer") &&
+           config.contains("model") && config["model"].is_object();
+}
+
+static bool read_config_json(const json &config, const std::string &path, const std::vector<SourceTensor> &tensors,
+                             HfConfig *out, bnb_error *err) {
     const std::string shown = printable_path(path);
-    json config;
-    if (!json_read(path, &config, err)) return false;
-    if (!config.is_object()) return failed(err, BNB_E_FORMAT, "%s is not a JSON object", shown.c_str());
-    if (!refuse(config, path, err)) return false;
+    if (is_true(config, "add_cross_attention"))
+        return failed(err, BNB_E_UNSUPPORTED, "%s: the model has cross-attention, which is not offered", shown.c_str());
+    if (!read_quantization(config, shown, out, err)) return false;
+    read_dtype(config, out);
     const std::string type = string_or_empty(config, "model_type");
     out->arch = type.empty() ? arch_by_tensors(tensors) : arch_find(type);
     if (!out->arch)
@@ -158,12 +174,7 @@ static bool read_config_json(const std::string &path, const std::vector<SourceTe
            read_keys(config, sampling_keys, path, &out->config, err); // old models have these here
 }
 
-static bool read_generation_config(const std::string &path, Config *config, bnb_error *err) {
-    if (!exists(path)) return true;
-    json generation;
-    if (!json_read(path, &generation, err)) return false;
-    if (!generation.is_object())
-        return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(path).c_str());
+static bool read_generation_config(const json &generation, const std::string &path, Config *config, bnb_error *err) {
     return read_keys(generation, token_keys, path, config, err) &&
            read_keys(generation, sampling_keys, path, config, err);
 }
@@ -204,8 +215,11 @@ int64_t layer_number(const std::string &name, const std::string &prefix) {
     return n;
 }
 
-// The number of heads stands in no shape: it is known for the models that have a name, and guessed for others.
-bool find_heads(bnb_env *env, const Arch &arch, Config *c, bnb_error *err) {
+// The number of heads stands in no shape: minGPT's configuration may say it, it is known for the models that have a name,
+// and guessed for others.
+bool find_heads(bnb_env *env, const Arch &arch, const json &mingpt, Config *c, bnb_error *err) {
+    auto stated = mingpt.find("n_head");
+    if (stated != mingpt.end() && !assign(c->n_head, *stated)) return true;
     for (const Preset *p = arch.presets; p->name; p++) {
         if (p->n_layer != c->n_layer || p->n_embd != c->n_embd ||
             (p->n_embd_word ? p->n_embd_word : p->n_embd) != c->n_embd_word)
@@ -224,9 +238,11 @@ bool find_heads(bnb_env *env, const Arch &arch, Config *c, bnb_error *err) {
     return true;
 }
 
-bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
-    const std::string shown = printable_path(checkpoint.directory());
-    out->arch = arch_by_tensors(checkpoint.tensors());
+// mingpt: the model's part of its trainer's configuration, or {}.
+bool derive_config(bnb_env *env, const std::string &dir, const std::vector<SourceTensor> &tensors, const json &mingpt,
+                   HfConfig *out, bnb_error *err) {
+    const std::string shown = printable_path(dir);
+    out->arch = arch_by_tensors(tensors);
     if (!out->arch)
         return failed(err, BNB_E_UNSUPPORTED, "%s has no config.json, and the tensors' names are those of none of %s",
                       shown.c_str(), arch_names().c_str());
@@ -237,7 +253,7 @@ bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bn
     c.n_layer = 0;
     const Names names = names_of(*out->arch);
     const SourceTensor *tokens = nullptr, *positions = nullptr;
-    for (const SourceTensor &t : checkpoint.tensors()) {
+    for (const SourceTensor &t : tensors) {
         const std::string name = canonical_name(*out->arch, t.name);
         if (name == names.tokens) tokens = &t;
         if (name == names.positions) positions = &t;
@@ -251,7 +267,7 @@ bool derive_config(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bn
     c.n_embd_word = tokens->shape[1];
     c.n_ctx = positions->shape[0] - out->arch->position_offset;
     c.n_embd = positions->shape[1];
-    return find_heads(env, *out->arch, &c, err);
+    return find_heads(env, *out->arch, mingpt, &c, err);
 }
 
 } // namespace
@@ -264,14 +280,33 @@ static void drop_unknown_tokens(Config *c) {
     c->eos.erase(std::remove_if(c->eos.begin(), c->eos.end(), unknown), c->eos.end());
 }
 
-bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
-    const std::string &dir = checkpoint.directory();
-    const std::string path = dir + "/config.json";
-    bool ok = exists(path) ? read_config_json(path, checkpoint.tensors(), out, err)
-                           : derive_config(env, checkpoint, out, err);
-    if (!ok || !read_generation_config(dir + "/generation_config.json", &out->config, err)) return false;
+bool hf_config_from_json(bnb_env *env, const std::string &dir, const json *config, const json *generation,
+                         const std::vector<SourceTensor> &tensors, HfConfig *out, bnb_error *err) {
+    const std::string path = dir + "/config.json", generation_path = dir + "/generation_config.json";
+    for (const auto &file : {std::make_pair(config, &path), std::make_pair(generation, &generation_path)})
+        if (file.first && !file.first->is_object())
+            return failed(err, BNB_E_FORMAT, "%s is not a JSON object", printable_path(*file.second).c_str());
+    const bool ok = !config              ? derive_config(env, dir, tensors, json::object(), out, err)
+                    : is_mingpt(*config) ? derive_config(env, dir, tensors, (*config)["model"], out, err)
+                                         : read_config_json(*config, path, tensors, out, err);
+    if (!ok || (generation && !read_generation_config(*generation, generation_path, &out->config, err))) return false;
     drop_unknown_tokens(&out->config);
     return config_finish(out->config, err);
+}
+
+constexpr uint64_t max_config_bytes = 4 << 20; // real ones have some KB
+
+bool hf_config_read(bnb_env *env, const Checkpoint &checkpoint, HfConfig *out, bnb_error *err) {
+    const std::string &dir = checkpoint.directory();
+    json files[2];
+    const json *given[2] = {};
+    for (int i = 0; i < 2; i++) {
+        const std::string path = dir + (i == 0 ? "/config.json" : "/generation_config.json");
+        if (!file_exists(path)) continue;
+        if (!json_read(path, &files[i], err, max_config_bytes)) return false;
+        given[i] = &files[i];
+    }
+    return hf_config_from_json(env, dir, given[0], given[1], checkpoint.tensors(), out, err);
 }
 
 } // namespace bnb

@@ -1,9 +1,12 @@
 // load_policy.cpp: see load_policy.h.
 #include "load_policy.h"
 
+#include <sys/mman.h>
+
+#include <cerrno>
 #include <cmath>
 
-#include "safetensors.h" // failed, printable
+#include "files.h"
 
 namespace bnb {
 
@@ -35,6 +38,15 @@ bool ModuleList::parse(const char *list, const char *option, bnb_error *err) {
     return true;
 }
 
+// Whether re.match(pattern) succeeds and ends where a part of the name does: "layers.1" is not for "layers.10".
+static bool matches_parts(const std::string &name, const std::regex &pattern) {
+    for (size_t end = 0; end <= name.size(); end++) {
+        const bool boundary = end == name.size() || name[end] == '.' || (end > 0 && name[end - 1] == '.');
+        if (boundary && std::regex_match(name.begin(), name.begin() + std::ptrdiff_t(end), pattern)) return true;
+    }
+    return false;
+}
+
 // Patterns are for the names that modules have in PyTorch: "model.decoder.layers.0.fc1" is "layers.0.fc1" here.
 bool ModuleList::matches(const Arch &arch, const TensorInfo &info) const {
     const std::string module = info.name.substr(0, info.name.rfind('.')); // less ".weight" or ".bias"
@@ -42,7 +54,7 @@ bool ModuleList::matches(const Arch &arch, const TensorInfo &info) const {
     for (const Pattern &p : patterns_) {
         if (full.size() >= p.text.size() && full.compare(full.size() - p.text.size(), p.text.size(), p.text) == 0)
             return true;
-        if (std::regex_search(full, p.regex, std::regex_constants::match_continuous)) return true;
+        if (matches_parts(full, p.regex)) return true;
     }
     return false;
 }
@@ -129,6 +141,7 @@ std::shared_ptr<TensorStore> TensorStore::create(bnb_env *env, bnb_error *err) {
 }
 
 TensorStore::~TensorStore() {
+    for (const auto &l : locked_) munlock(l.first, size_t(l.second));
     bnb_ctx_free(ctx_); // before the backend that its memory is from
     bnb_backend_close(backend_);
 }
@@ -141,5 +154,17 @@ void TensorStore::add(const std::string &name, const std::vector<int64_t> &shape
 bool TensorStore::status(bnb_error *err) const { return bnb_ctx_status(ctx_, err) == BNB_OK; }
 
 bool TensorStore::alloc(bnb_error *err) { return bnb_ctx_alloc(ctx_, backend_, err) == BNB_OK; }
+
+void TensorStore::lock(bnb_env *env) {
+    for (const bnb_tensor *t : tensors_)
+        for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
+            const uint64_t bytes = bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, p);
+            if (bytes == 0) continue;
+            if (mlock(t->plane[p], size_t(bytes)) != 0)
+                return bnb_log(env, BNB_LOG_WARN, "the weights cannot be locked in memory: %s (see ulimit -l)",
+                               strerror(errno));
+            locked_.emplace_back(t->plane[p], bytes);
+        }
+}
 
 } // namespace bnb

@@ -32,8 +32,8 @@ struct Target {
     bool copy = false;    // the source is this already: its planes are taken as they are
 };
 
-// Names of modules as transformers understands them in skip_modules: a pattern matches a name if, as a regular
-// expression, it matches at the name's start, or if the name ends with it.
+// Names of modules as transformers 5 understands them in skip_modules: a pattern matches a name if, as a regular
+// expression, it matches the name's first parts, or if the name ends with it.
 class ModuleList {
 public:
     bool parse(const char *list, const char *option, bnb_error *err); // comma separated; NULL: empty
@@ -79,6 +79,7 @@ public:
     void add(const std::string &name, const std::vector<int64_t> &shape, int32_t type, const bnb_quant *quant); // META
     bool status(bnb_error *err) const;                                    // false: an add failed
     bool alloc(bnb_error *err);                                           // gives memory to all of them
+    void lock(bnb_env *env);                                              // keeps their pages in memory, if it may
     const std::vector<bnb_tensor *> &tensors() const { return tensors_; } // as they were added
 
 private:
@@ -86,6 +87,7 @@ private:
     bnb_backend *backend_ = nullptr;
     bnb_ctx *ctx_ = nullptr;
     std::vector<bnb_tensor *> tensors_;
+    std::vector<std::pair<void *, uint64_t>> locked_;
 };
 
 } // namespace bnb

@@ -53,12 +53,6 @@ const Activation *activation_find(const std::string &name) {
     return nullptr;
 }
 
-std::string shape_text(const int64_t *shape, size_t n) {
-    std::string s = "[";
-    for (size_t i = 0; i < n; i++) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + "]";
-}
-
 } // namespace
 
 bool config_finish(Config &c, bnb_error *err) {
@@ -242,14 +236,14 @@ bool bind_weights(bnb_model &m, bnb_error *err) {
         auto it = given.find(want.name);
         if (it == given.end()) {
             if (want.optional) continue;
-            bnb_fail(err, BNB_E_FORMAT, "the tensor '%s' %s is missing", want.name.c_str(), shape_text(want.shape.data(), want.shape.size()).c_str());
+            bnb_fail(err, BNB_E_FORMAT, "the tensor '%s' %s is missing", want.name.c_str(), shape_text(want.shape).c_str());
             return false;
         }
         bnb_tensor *t = it->second;
-        size_t n = static_cast<size_t>(bnb_tensor_n_dims(t));
-        if (n != want.shape.size() || !std::equal(want.shape.begin(), want.shape.end(), bnb_tensor_shape(t))) {
+        const std::vector<int64_t> shape(bnb_tensor_shape(t), bnb_tensor_shape(t) + bnb_tensor_n_dims(t));
+        if (shape != want.shape) {
             bnb_fail(err, BNB_E_FORMAT, "the tensor '%s' is %s, but the configuration asks for %s", want.name.c_str(),
-                     shape_text(bnb_tensor_shape(t), n).c_str(), shape_text(want.shape.data(), want.shape.size()).c_str());
+                     shape_text(shape).c_str(), shape_text(want.shape).c_str());
             return false;
         }
         m.weights.emplace(want.name, t);

@@ -13,6 +13,8 @@
 #include <unordered_map>
 #include <unordered_set>
 
+#include "arch.h" // shape_text
+
 namespace bnb {
 namespace {
 
@@ -1085,6 +1087,23 @@ SourceTensor source_tensor(const Unpickler &u, std::string_view name, const Tens
     return out;
 }
 
+// bitsandbytes before 0.43.1 wrote the layout of 8-bit weights as a string. It decides what the numbers mean, so it is
+// passed on, as a tensor of the dtype STR.
+bool is_weight_format(std::string_view name) {
+    const std::string_view end = ".weight_format";
+    return name.size() > end.size() && name.substr(name.size() - end.size()) == end;
+}
+
+SourceTensor text_tensor(std::string_view name, std::string_view text) {
+    SourceTensor t;
+    t.name = name;
+    t.dtype = "STR";
+    t.shape = {int64_t(text.size())};
+    t.data = text.data();
+    t.bytes = text.size();
+    return t;
+}
+
 void collect(const Unpickler &u, const Value &root, std::vector<SourceTensor> *out, std::vector<std::string> *notes) {
     const std::vector<Value> &list = u.items(find_state_dict(u, root, notes));
     std::unordered_set<std::string_view> seen;
@@ -1092,6 +1111,10 @@ void collect(const Unpickler &u, const Value &root, std::vector<SourceTensor> *o
     size_t n_others = 0;
     for (size_t i = 0; i < list.size(); i += 2) {
         const bool named = list[i].kind == Kind::String;
+        if (named && list[i + 1].kind == Kind::String && is_weight_format(u.text(list[i]))) {
+            out->push_back(text_tensor(u.text(list[i]), u.text(list[i + 1])));
+            continue;
+        }
         if (list[i + 1].kind != Kind::Tensor) {
             if (n_others++ == 0) first_other = named ? quoted(u.text(list[i])) : kind_names[size_t(list[i].kind)];
             continue;

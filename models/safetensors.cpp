@@ -2,23 +2,15 @@
 // the format's text is stricter than that reader (a name that stands twice), the text is followed.
 #include "safetensors.h"
 
-#include <fcntl.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <unistd.h>
-
 #include <algorithm>
-#include <cerrno>
 #include <cstring>
 #include <filesystem>
 #include <map>
 #include <nlohmann/json.hpp>
-#include <set>
-#include <stdexcept>
 #include <system_error>
-#include <unordered_map>
 #include <unordered_set>
 
+#include "arch.h" // shape_text
 #include "pytorch.h"
 
 namespace bnb {
@@ -28,123 +20,11 @@ namespace fs = std::filesystem;
 
 // Beyond the format's own rules: what no real checkpoint needs and what would cost memory or hide something.
 constexpr uint64_t max_header_bytes = 100000000; // the format's
-constexpr uint64_t max_json_bytes = 64 << 20;
+constexpr uint64_t max_index_bytes = 32 << 20;
 constexpr size_t max_tensors = 1 << 20;
 constexpr size_t max_name_bytes = 1024;
 constexpr size_t max_rank = 8;
 constexpr int max_depth = 64;
-
-// ---- text for messages ----------------------------------------------------------------------------------------------
-
-// Bytes of the well-formed UTF-8 character at p, 0 if there is none (RFC 3629: no overlong forms, no surrogates).
-static size_t utf8_length(const uint8_t *p, const uint8_t *end) {
-    if (p[0] < 0x80) return 1;
-    size_t n = p[0] >= 0xF0 ? 4 : p[0] >= 0xE0 ? 3 : 2;
-    if (p[0] < 0xC2 || p[0] > 0xF4 || size_t(end - p) < n) return 0;
-    for (size_t i = 1; i < n; i++)
-        if ((p[i] & 0xC0) != 0x80) return 0;
-    bool overlong = (p[0] == 0xE0 && p[1] < 0xA0) || (p[0] == 0xF0 && p[1] < 0x90);
-    bool surrogate = p[0] == 0xED && p[1] > 0x9F, too_large = p[0] == 0xF4 && p[1] > 0x8F;
-    return overlong || surrogate || too_large ? 0 : n;
-}
-
-static const uint8_t *find_ill_formed(const uint8_t *p, const uint8_t *end) {
-    while (p < end) {
-        size_t n = utf8_length(p, end);
-        if (n == 0) return p;
-        p += n;
-    }
-    return nullptr;
-}
-
-bool is_utf8(const std::string &text) {
-    const uint8_t *p = reinterpret_cast<const uint8_t *>(text.data());
-    return !find_ill_formed(p, p + text.size());
-}
-
-static std::string printable_all(const std::string &s) {
-    std::string out;
-    const uint8_t *p = reinterpret_cast<const uint8_t *>(s.data()), *end = p + s.size();
-    while (p < end) {
-        size_t n = utf8_length(p, end);
-        if (n == 0 || *p < 0x20 || *p == 0x7F) {
-            out += '?';
-            p++;
-        } else {
-            out.append(reinterpret_cast<const char *>(p), n);
-            p += n;
-        }
-    }
-    return out;
-}
-
-std::string printable(const std::string &name) {
-    constexpr size_t longest = 100;
-    if (name.size() <= longest) return printable_all(name);
-    size_t cut = longest;
-    while (cut > 0 && (uint8_t(name[cut]) & 0xC0) == 0x80) cut--; // not inside a character
-    return printable_all(name.substr(0, cut)) + "...";
-}
-
-std::string printable_path(const std::string &path) {
-    constexpr size_t longest = 160;
-    if (path.size() <= longest) return printable_all(path);
-    size_t cut = path.size() - longest;
-    while (cut < path.size() && (uint8_t(path[cut]) & 0xC0) == 0x80) cut++;
-    return "..." + printable_all(path.substr(cut));
-}
-
-std::string shape_text(const std::vector<int64_t> &shape) {
-    std::string s = "[";
-    for (size_t i = 0; i < shape.size(); i++) s += (i ? ", " : "") + std::to_string(shape[i]);
-    return s + "]";
-}
-
-static std::string os_message(int code) { return std::generic_category().message(code); }
-
-// ---- files ----------------------------------------------------------------------------------------------------------
-
-std::unique_ptr<MappedFile> MappedFile::open(const std::string &path, bnb_error *err) {
-    std::string shown = printable_path(path);
-    int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK); // NONBLOCK: opening a FIFO must not wait
-    if (fd < 0) {
-        bnb_fail(err, BNB_E_IO, "%s cannot be opened: %s", shown.c_str(), os_message(errno).c_str());
-        return nullptr;
-    }
-    std::unique_ptr<MappedFile> file(new MappedFile);
-    struct stat st;
-    bool ok = false;
-    if (fstat(fd, &st) != 0) {
-        bnb_fail(err, BNB_E_IO, "%s cannot be examined: %s", shown.c_str(), os_message(errno).c_str());
-    } else if (!S_ISREG(st.st_mode)) {
-        bnb_fail(err, BNB_E_IO, "%s is not a regular file", shown.c_str());
-    } else if (st.st_size == 0) {
-        ok = true; // nothing to map
-    } else {
-        void *p = mmap(nullptr, size_t(st.st_size), PROT_READ, MAP_PRIVATE, fd, 0);
-        ok = p != MAP_FAILED;
-        if (ok) {
-            file->data_ = static_cast<const uint8_t *>(p);
-            file->size_ = uint64_t(st.st_size);
-        } else {
-            bnb_fail(err, BNB_E_IO, "%s cannot be mapped: %s", shown.c_str(), os_message(errno).c_str());
-        }
-    }
-    close(fd);
-    if (!ok) file.reset();
-    return file;
-}
-
-MappedFile::~MappedFile() {
-    if (data_) munmap(const_cast<uint8_t *>(data_), size_t(size_));
-}
-
-void release_pages(const void *data, uint64_t bytes) {
-    const uintptr_t page = uintptr_t(sysconf(_SC_PAGESIZE)), begin = reinterpret_cast<uintptr_t>(data);
-    const uintptr_t first = (begin + page - 1) / page * page,
-                    end = (begin + bytes) / page * page; // whole pages: neighbours need the rest
-    if (first < end) madvise(reinterpret_cast<void *>(first), end - first, MADV_DONTNEED);
-}
 
 // ---- the header -----------------------------------------------------------------------------------------------------
 
@@ -426,14 +306,11 @@ static bool refuse_foreign(const std::string &path, const char *what, bnb_error 
                   printable_path(path).c_str(), what);
 }
 
-// Weights that are quantized already are recognised by what lies beside them.
+// Weights that others than bitsandbytes quantized are recognised by what lies beside them.
 static bool refuse_quantized(const std::vector<SourceTensor> &tensors, bnb_error *err) {
     static const struct {
         const char *suffix, *what;
     } marks[] = {
-        {".quant_state.bitsandbytes__nf4", "bitsandbytes nf4"},
-        {".quant_state.bitsandbytes__fp4", "bitsandbytes fp4"},
-        {".SCB", "bitsandbytes int8"},
         {".g_idx", "GPTQ"},
         {".qweight", "GPTQ or AWQ"},
         {".codebooks", "AQLM"},
@@ -454,47 +331,11 @@ static bool refuse_quantized(const std::vector<SourceTensor> &tensors, bnb_error
     return true;
 }
 
-// ---- JSON side files ------------------------------------------------------------------------------------------------
-
-bool json_read(const std::string &path, json *out, bnb_error *err) {
-    const std::string shown = printable_path(path);
-    std::unique_ptr<MappedFile> file = MappedFile::open(path, err);
-    if (!file) return false;
-    if (file->size() > max_json_bytes) return failed(err, BNB_E_LIMIT, "%s has more than 64 MiB", shown.c_str());
-    const char *text = reinterpret_cast<const char *>(file->data());
-    if (file->size() && memchr(text, 0, size_t(file->size()))) { // the parser would take it for the end of the text
-        return failed(err, BNB_E_FORMAT, "%s has a NUL byte in it", shown.c_str());
-    }
-    std::vector<std::set<std::string>> open; // keys of the objects that we are in
-    auto watch = [&](int depth, json::parse_event_t event, json &value) {
-        if (depth > max_depth) throw std::runtime_error("it is nested too deep");
-        if (event == json::parse_event_t::object_start) open.emplace_back();
-        if (event == json::parse_event_t::object_end) open.pop_back();
-        if (event == json::parse_event_t::key && !open.back().insert(value.get<std::string>()).second)
-            throw std::runtime_error("'" + printable(value.get<std::string>()) + "' stands twice in an object");
-        return true;
-    };
-    try {
-        *out = json::parse(text, text + file->size(), watch);
-        return true;
-    } catch (const json::parse_error &e) {
-        bnb_fail(err, BNB_E_FORMAT, "%s is not valid JSON at byte %zu", shown.c_str(), e.byte);
-    } catch (const std::runtime_error &e) {
-        bnb_fail(err, BNB_E_FORMAT, "%s: %s", shown.c_str(), e.what());
-    }
-    return false;
-}
-
 // ---- checkpoints ----------------------------------------------------------------------------------------------------
 
 static bool ends_with(const std::string &s, const char *end) {
     size_t n = strlen(end);
     return s.size() >= n && s.compare(s.size() - n, n, end) == 0;
-}
-
-static bool exists(const std::string &path) {
-    std::error_code ec;
-    return fs::exists(path, ec);
 }
 
 // File names in a directory that end with `end`, sorted.
@@ -523,7 +364,7 @@ static bool find_weights(const std::string &dir, std::string *path, bnb_error *e
     for (const char *name :
          {"model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"}) {
         *path = dir + "/" + name;
-        if (exists(*path)) return true;
+        if (file_exists(*path)) return true;
     }
     for (const char *end : {".index.json", ".safetensors", ".bin", ".pt", ".pth"}) {
         std::vector<std::string> names = list_files(dir, end);
@@ -565,7 +406,14 @@ bool Checkpoint::add_file(bnb_env *env, const std::string &path, std::vector<Sou
     if (!ok) return false;
     for (const std::string &note : notes)
         bnb_log(env, BNB_LOG_INFO, "%s: %s", printable_path(path).c_str(), note.c_str());
-    files_.push_back(std::move(file));
+    files_.push_back({path, std::move(file)});
+    return true;
+}
+
+bool Checkpoint::check(bnb_error *err) const {
+    for (const File &f : files_)
+        if (pytorch_is(f.map->data(), f.map->size()) && !pytorch_check_crc(f.map->data(), f.map->size(), f.path, err))
+            return false;
     return true;
 }
 
@@ -580,7 +428,7 @@ using ShardNames = std::map<std::string, std::unordered_set<std::string>>; // fi
 static bool read_index(const std::string &path, ShardNames *shards, bnb_error *err) {
     const std::string shown = printable_path(path);
     json index;
-    if (!json_read(path, &index, err)) return false;
+    if (!json_read(path, &index, err, max_index_bytes)) return false;
     const json *names = &index; // accelerate also takes an index that is the map itself
     if (index.is_object() && index.contains("weight_map")) names = &index["weight_map"];
     if (!names->is_object()) return failed(err, BNB_E_FORMAT, "%s: the weight_map is not an object", shown.c_str());

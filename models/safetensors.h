@@ -2,21 +2,21 @@
 //
 // Files of PyTorch are read by pytorch.h.
 //
-// Not: no writing, no GGUF, no weights that are already quantized. These are recognised and refused with a sentence
-//      that says what they are.
+// Weights that bitsandbytes quantized are several tensors here; quant_state.h makes one of them.
+//
+// Not: no writing (hf_writer.h), no GGUF, no weights that others quantized. These are recognised and refused with a
+//      sentence that says what they are.
 //
 // A file is trusted in nothing: every count, offset and name is checked before it is used. What the maps show is the
 // file itself, so a file that another program shortens while it is mapped ends the process (SIGBUS), as with any mmap.
 #pragma once
-
-#include <nlohmann/json_fwd.hpp>
 
 #include <cstdint>
 #include <memory>
 #include <string>
 #include <vector>
 
-#include "../bnb.h"
+#include "files.h"
 
 namespace bnb {
 
@@ -31,28 +31,8 @@ struct SourceTensor {
     const void *data = nullptr; // in the mapped file: may be unaligned, lives as long as the file
     uint64_t bytes = 0;
     std::shared_ptr<const StridedView> strided; // PyTorch: set if its elements lie apart; data is NULL then
-    const bnb_tensor *tensor = nullptr; // set if it comes from a .bnb file: a quantized type has more than `data`
+    const bnb_tensor *tensor = nullptr; // .bnb files, quantized weights: a quantized type has more than `data`
 };
-
-// A file mapped for reading.
-class MappedFile {
-public:
-    static std::unique_ptr<MappedFile> open(const std::string &path, bnb_error *err); // only regular files
-    ~MappedFile();
-    MappedFile(const MappedFile &) = delete;
-    MappedFile &operator=(const MappedFile &) = delete;
-
-    const uint8_t *data() const { return data_; }
-    uint64_t size() const { return size_; }
-
-private:
-    MappedFile() = default;
-    const uint8_t *data_ = nullptr;
-    uint64_t size_ = 0;
-};
-
-// These bytes of a file's mapping have been read and need not stay in memory: they are read again if they are needed.
-void release_pages(const void *data, uint64_t bytes);
 
 // The tensors of the safetensors file [bytes] at `data`, in the order of their data. `file` is its name in messages.
 bool safetensors_parse(const void *data, uint64_t bytes, const std::string &file, std::vector<SourceTensor> *out,
@@ -67,32 +47,20 @@ public:
 
     const std::string &directory() const { return directory_; } // where config.json and the tokenizer lie
     const std::vector<SourceTensor> &tensors() const { return tensors_; }
+    bool check(bnb_error *err) const; // reads the files and compares the checksums of those that have some
 
 private:
+    struct File {
+        std::string path;
+        std::unique_ptr<MappedFile> map;
+    };
     Checkpoint() = default;
     bool add_file(bnb_env *env, const std::string &path, std::vector<SourceTensor> *tensors, bnb_error *err);
     bool add_index(bnb_env *env, const std::string &path, bnb_error *err);
 
     std::string directory_;
-    std::vector<std::unique_ptr<MappedFile>> files_;
+    std::vector<File> files_;
     std::vector<SourceTensor> tensors_;
 };
-
-// Reads a JSON file more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte
-// and anything that is not UTF-8 are errors.
-bool json_read(const std::string &path, nlohmann::json *out, bnb_error *err);
-
-// bnb_fail for functions that say with false that they failed.
-template <class... Args> bool failed(bnb_error *err, bnb_status code, const char *format, Args... args) {
-    bnb_fail(err, code, format, args...);
-    return false;
-}
-
-bool is_utf8(const std::string &text); // well formed
-
-// For messages: names come from files, so control characters and ill-formed UTF-8 become '?' and long ones are cut.
-std::string printable(const std::string &name);
-std::string printable_path(const std::string &path);       // keeps the end, which tells files apart
-std::string shape_text(const std::vector<int64_t> &shape); // "[2, 3]"
 
 } // namespace bnb

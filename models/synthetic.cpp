@@ -9,7 +9,7 @@
 #include "arch.h"
 #include "checkpoint.h"
 #include "load_policy.h"
-#include "safetensors.h" // failed
+#include "files.h"
 
 namespace bnb {
 namespace {

@@ -1,22 +1,21 @@
 // tokenizer_json.cpp: reads and writes the tokenizer files of Hugging Face directories.
 //
-//     [FILE]     bytes and JSON, with limits: these files come from strangers
+//     [FILE]     JSON and its members: these files come from strangers
 //     [VOCAB]    tokens, merges and added tokens, gathered from whichever files have them
 //     [PIPELINE] tokenizer.json: normalizer, pre_tokenizer, model, post_processor
 //     [PAIR]     vocab.json + merges.txt
 //     [CONFIG]   tokenizer_config.json, special_tokens_map.json, added_tokens.json
 //     [WRITE]    tokenizer.json
 //
-// Nothing here throws but std::bad_alloc: JSON is parsed with exceptions off and every value's type is looked at first.
+// Nothing here throws but std::bad_alloc: every value's type is looked at first.
 #include "tokenizer_json.h"
 
-#include <cerrno>
-#include <cstdio>
-#include <cstring>
 #include <map>
 #include <unordered_map>
 
 #include <nlohmann/json.hpp>
+
+#include "files.h"
 
 namespace bnb {
 
@@ -24,7 +23,7 @@ using Json = nlohmann::json;
 
 // ---- [FILE] ---------------------------------------------------------------------------------------------------------
 
-enum { MAX_FILE_BYTES = 128 << 20, MAX_JSON_DEPTH = 64 }; // the largest tokenizer.json known has 33 MB and 8 levels
+enum { MAX_FILE_BYTES = 128 << 20 };
 
 // A text from a file, fit for an error message.
 static std::string quote(const std::string &text) {
@@ -38,63 +37,13 @@ static bool fail(bnb_error *err, bnb_status code, const std::string &path, const
     return false;
 }
 
-static bool file_exists(const std::string &path) {
-    std::FILE *f = std::fopen(path.c_str(), "rb");
-    if (f) std::fclose(f);
-    return f != nullptr || errno != ENOENT; // one that exists but cannot be opened is reported when it is read
-}
-
-static bool read_file(const std::string &path, std::string *out, bnb_error *err) {
-    std::FILE *f = std::fopen(path.c_str(), "rb");
-    if (!f) return fail(err, BNB_E_IO, path, std::string("cannot open: ") + std::strerror(errno));
-    std::string text;
-    size_t have = 0, got = 0;
-    do {
-        text.resize(have + (size_t(1) << 18) + have / 2);
-        got = std::fread(&text[have], 1, text.size() - have, f);
-        have += got;
-    } while (got > 0 && have <= MAX_FILE_BYTES);
-    const int broken = std::ferror(f) ? errno : 0;
-    std::fclose(f);
-    if (broken) return fail(err, BNB_E_IO, path, std::string("cannot read: ") + std::strerror(broken));
-    if (have > MAX_FILE_BYTES) return fail(err, BNB_E_LIMIT, path, "larger than 128 MB, which no tokenizer file is");
-    text.resize(have);
-    *out = std::move(text);
-    return true;
-}
-
-static bool too_deep(const std::string &text) {
-    int depth = 0;
-    bool in_string = false;
-    for (size_t i = 0; i < text.size(); ++i) {
-        const char c = text[i];
-        if (in_string) {
-            if (c == '\\') ++i;
-            if (c == '"') in_string = false;
-        } else if (c == '"') {
-            in_string = true;
-        } else if (c == '{' || c == '[') {
-            if (++depth > MAX_JSON_DEPTH) return true;
-        } else if (c == '}' || c == ']') {
-            --depth;
-        }
-    }
-    return false;
-}
-
-static bool read_json(const std::string &path, Json *out, bnb_error *err) {
-    std::string text;
-    if (!read_file(path, &text, err)) return false;
-    if (too_deep(text)) return fail(err, BNB_E_FORMAT, path, "JSON nested too deeply");
-    *out = Json::parse(text, nullptr, false);
-    if (out->is_discarded()) return fail(err, BNB_E_FORMAT, path, "not valid JSON (damaged or incomplete)");
-    if (!out->is_object()) return fail(err, BNB_E_FORMAT, path, "expected a JSON object");
-    return true;
+static bool read_object(const std::string &path, Json *out, bnb_error *err) {
+    return json_read(path, out, err) && (out->is_object() || fail(err, BNB_E_FORMAT, path, "expected a JSON object"));
 }
 
 static bool read_json_if_there(const std::string &path, Json *out, bnb_error *err) {
     *out = Json::object();
-    return !file_exists(path) || read_json(path, out, err);
+    return !file_exists(path) || read_object(path, out, err);
 }
 
 // Members of an object; what is absent, null or of another type reads as the default.
@@ -391,7 +340,7 @@ static bool read_post_processor(const std::string &path, const Json &v, Vocab *o
 
 static bool read_tokenizer_json(const std::string &path, Vocab *v, bnb_error *err) {
     Json j;
-    if (!read_json(path, &j, err) || !read_normalizer(path, member(j, "normalizer"), err)) return false;
+    if (!read_object(path, &j, err) || !read_normalizer(path, member(j, "normalizer"), err)) return false;
     // Before the pre-tokenizer: "byte_fallback" says more than "no ByteLevel" does.
     return read_model(path, member(j, "model"), v, err) &&
            read_pre_tokenizer(path, member(j, "pre_tokenizer"), v, err) &&
@@ -402,12 +351,12 @@ static bool read_tokenizer_json(const std::string &path, Vocab *v, bnb_error *er
 // ---- [PAIR] ---------------------------------------------------------------------------------------------------------
 
 // Lines of merges.txt, without the "#version" line. Other lines may begin with '#': it is a token.
-static std::vector<std::string> merge_lines(const std::string &text) {
+static std::vector<std::string> merge_lines(std::string_view text) {
     std::vector<std::string> lines;
     for (size_t at = 0; at < text.size();) {
         size_t end = text.find('\n', at);
-        if (end == std::string::npos) end = text.size();
-        std::string line = text.substr(at, end - at);
+        if (end == std::string_view::npos) end = text.size();
+        std::string line(text.substr(at, end - at));
         if (!line.empty() && line.back() == '\r') line.pop_back();
         const bool skip = line.empty() || (at == 0 && line.compare(0, 8, "#version") == 0);
         if (!skip) lines.push_back(std::move(line));
@@ -440,13 +389,16 @@ static std::string first_of(const std::string &dir, std::initializer_list<const 
 }
 
 static bool read_pair(const std::string &dir, const std::string &merges_path, Vocab *v, bnb_error *err) {
-    std::string text;
-    if (!read_file(merges_path, &text, err)) return false;
-    const std::vector<std::string> lines = merge_lines(text);
+    const std::unique_ptr<MappedFile> file = MappedFile::open(merges_path, err);
+    if (!file) return false;
+    if (file->size() > MAX_FILE_BYTES)
+        return fail(err, BNB_E_LIMIT, merges_path, "larger than 128 MiB, which no tokenizer file is");
+    const std::vector<std::string> lines =
+        merge_lines({reinterpret_cast<const char *>(file->data()), size_t(file->size())});
     const std::string vocab_path = first_of(dir, {"vocab.json", "encoder.json"});
     if (!vocab_path.empty()) {
         Json vocab;
-        if (!read_json(vocab_path, &vocab, err) || !add_vocab(vocab_path, vocab, v, err)) return false;
+        if (!read_object(vocab_path, &vocab, err) || !add_vocab(vocab_path, vocab, v, err)) return false;
     } else if (merges_path == dir + "/vocab.bpe") { // OpenAI's name; OPT's merges.txt has other ids for the same merges
         if (!number_as_gpt2(merges_path, lines, v, err)) return false;
     } else {

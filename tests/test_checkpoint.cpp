@@ -12,6 +12,7 @@
 #include "../models/bnb_writer.h"
 #include "../models/checkpoint.h"
 #include "../models/safetensors.h"
+#include "safetensors_image.h"
 #include "util.h"
 
 #ifndef BNB_SOURCE_DIR
@@ -22,59 +23,7 @@ namespace {
 
 using namespace test;
 
-using Bytes = std::vector<uint8_t>;
-
-// ---- a writer of safetensors, and of a GPT-2 that is small enough to look at ---------------------------------------
-
-struct Stored {
-    std::string name, dtype;
-    Shape shape;
-    Bytes bytes;
-};
-
-Bytes bytes_of(const std::string &s) { return Bytes(s.begin(), s.end()); }
-
-Bytes as_type(int32_t type, const Floats &values) {
-    Bytes out(values.size() * size_t(bnb_type_bits(type) / 8));
-    REQUIRE(bnb_convert(BNB_F32, values.data(), type, out.data(), int64_t(values.size()), nullptr) == BNB_OK);
-    return out;
-}
-
-std::string dtype_of(int32_t type) { return type == BNB_F32 ? "F32" : type == BNB_F16 ? "F16" : "BF16"; }
-
-Stored stored(const std::string &name, const Shape &shape, const Floats &values, int32_t type = BNB_F32) {
-    return {name, dtype_of(type), shape, as_type(type, values)};
-}
-
-// A file with this header and so many bytes of data.
-Bytes raw_file(const std::string &header, size_t data_bytes) {
-    const uint64_t n = header.size();
-    std::string out(8, '\0');
-    memcpy(&out[0], &n, 8);
-    out += header;
-    out.resize(out.size() + data_bytes);
-    return bytes_of(out);
-}
-
-std::string shape_json(const Shape &shape) {
-    std::string s;
-    for (int64_t d : shape) s += (s.empty() ? "" : ",") + std::to_string(d);
-    return "[" + s + "]";
-}
-
-Bytes safetensors(const std::vector<Stored> &tensors, const std::string &pad = "") {
-    std::string header = "{\"__metadata__\":{\"format\":\"pt\"}";
-    Bytes data;
-    for (const Stored &t : tensors) {
-        header += ",\"" + t.name + "\":{\"dtype\":\"" + t.dtype + "\",\"shape\":" + shape_json(t.shape) +
-                  ",\"data_offsets\":[" + std::to_string(data.size()) + "," +
-                  std::to_string(data.size() + t.bytes.size()) + "]}";
-        data.insert(data.end(), t.bytes.begin(), t.bytes.end());
-    }
-    Bytes out = raw_file(header + "}" + pad, 0);
-    out.insert(out.end(), data.begin(), data.end());
-    return out;
-}
+// ---- a GPT-2 that is small enough to look at ------------------------------------------------------------------------
 
 Floats transposed(const Floats &w, int64_t rows, int64_t columns) {
     Floats out(w.size());
@@ -123,78 +72,11 @@ struct Tiny {
     }
 };
 
-bnb_load_params load_params(int32_t type) {
-    bnb_load_params p;
-    bnb_load_params_default(&p, sizeof p);
-    p.type = type;
-    return p;
-}
-
-bnb_status convert(Env &env, const std::string &src, const std::string &dst, const bnb_load_params &load,
-                   bnb_error *err, bnb_convert_result *result = nullptr) {
-    return bnb_convert_checkpoint(env, src.c_str(), dst.c_str(), &load, result, err);
-}
-
-File open_file(Env &env, const std::string &path) {
-    bnb_error err = {};
-    File f(bnb_file_open(env, path.c_str(), 0, &err));
-    REQUIRE_MESSAGE(f, err.msg);
-    REQUIRE_MESSAGE(bnb_file_verify(f.get(), &err) == BNB_OK, err.msg);
-    return f;
-}
-
 File converted(Env &env, const std::string &src, const std::string &dst, const bnb_load_params &load) {
     bnb_error err = {};
     const bnb_status status = convert(env, src, dst, load, &err);
     REQUIRE_MESSAGE(status == BNB_OK, err.msg);
     return open_file(env, dst);
-}
-
-struct FreeModel {
-    void operator()(bnb_model *m) const { bnb_model_free(m); }
-};
-using Model = std::unique_ptr<bnb_model, FreeModel>;
-
-Model loaded(Env &env, const std::string &path, const bnb_load_params *load = nullptr) {
-    bnb_error err = {};
-    Model m(bnb_model_load(env, path.c_str(), load, nullptr, &err));
-    REQUIRE_MESSAGE(m, err.msg);
-    return m;
-}
-
-// Loading must fail, with a sentence that has these words in it.
-void check_refused(Env &env, const std::string &path, bnb_status code, const std::string &words,
-                   const bnb_load_params *load = nullptr) {
-    bnb_error err = {};
-    Model m(bnb_model_load(env, path.c_str(), load, nullptr, &err));
-    CHECK_MESSAGE(!m, path);
-    CHECK(is_sentence(err));
-    CHECK_MESSAGE(err.code == code, err.msg);
-    CHECK_MESSAGE(contains(err.msg, words), "'" << err.msg << "' lacks '" << words << "'");
-}
-
-std::vector<Bytes> planes_of(const bnb_tensor *t) {
-    std::vector<Bytes> planes;
-    for (int32_t p = 0; p < BNB_MAX_PLANES; p++) {
-        const uint64_t bytes = bnb_plane_bytes(t->type, &t->quant, t->n_dims, t->shape, p);
-        const uint8_t *data = static_cast<const uint8_t *>(bnb_tensor_plane(t, p));
-        if (bytes) planes.emplace_back(data, data + bytes);
-    }
-    return planes;
-}
-
-void check_same_tensor(const bnb_tensor *a, const bnb_tensor *b) {
-    REQUIRE(a);
-    REQUIRE(b);
-    INFO(a->name);
-    CHECK(std::string(a->name) == b->name);
-    CHECK(a->type == b->type);
-    CHECK(std::equal(a->shape, a->shape + BNB_MAX_DIMS, b->shape));
-    CHECK(planes_of(a) == planes_of(b));
-    if (!bnb_type_is_quantized(a->type)) return;
-    CHECK(a->quant.dtype == b->quant.dtype);
-    CHECK(a->quant.nested_offset == b->quant.nested_offset);
-    CHECK(a->quant.threshold == b->quant.threshold);
 }
 
 // What a tensor should be: the values, rounded to `cast`, then quantized as `like` is.
@@ -480,25 +362,19 @@ TEST_CASE("checkpoint: what is no safetensors checkpoint is named") {
     check_refused(env, two.file("fifo"), BNB_E_IO, "not a regular file");
 }
 
-TEST_CASE("checkpoint: weights that are quantized already are refused by name") {
+TEST_CASE("checkpoint: weights that others than bitsandbytes quantized are refused by name") {
     Env env;
-    for (const auto &mark : std::map<std::string, std::string>{{"h.0.attn.c_attn.SCB", "int8"},
-                                                               {"x.weight.quant_state.bitsandbytes__nf4", "nf4"},
-                                                               {"x.qweight", "GPTQ or AWQ"},
+    for (const auto &mark : std::map<std::string, std::string>{{"x.qweight", "GPTQ or AWQ"},
                                                                {"x.g_idx", "GPTQ"},
                                                                {"x.codebooks", "AQLM"},
                                                                {"x.W_q", "HQQ"},
                                                                {"x.weight_scale_inv", "fp8"}}) {
         TempDir dir;
         write_bytes(dir.file("model.safetensors"), safetensors({stored(mark.first, {1}, {1})}));
-        check_refused(env, dir.file(""), BNB_E_UNSUPPORTED,
-                      "already quantized (" + std::string(mark.second == "GPTQ or AWQ" ? mark.second
-                                                          : mark.second == "int8" || mark.second == "nf4"
-                                                              ? "bitsandbytes " + mark.second
-                                                              : mark.second));
+        check_refused(env, dir.file(""), BNB_E_UNSUPPORTED, "already quantized (" + mark.second);
     }
     for (const auto &method : std::map<std::string, std::string>{{R"({"quant_method":"gptq"})", "(gptq)"},
-                                                                 {R"({"load_in_8bit":true})", "(bitsandbytes)"}}) {
+                                                                 {R"({"bits":4})", "(an unnamed method)"}}) {
         TempDir dir;
         Tiny tiny;
         tiny.more_config = ",\"quantization_config\":" + method.first;
@@ -555,6 +431,8 @@ TEST_CASE("checkpoint: a config.json that says nonsense is refused by key") {
         {"[]", BNB_E_FORMAT, "not a JSON object"},
         {R"({"model_type":"gpt2",})", BNB_E_FORMAT, "not valid JSON at byte"},
         {"{\"a\":" + deep, BNB_E_FORMAT, "nested too deep"},
+        {"{}" + std::string(4 << 20, ' '), BNB_E_LIMIT, "more than 4194304 bytes"},
+        {R"({"model_type":"gpt2","n_embd":1e999})", BNB_E_FORMAT, "a number that is out of range"},
         {R"({"n_embd":64,"n_embd":65})", BNB_E_FORMAT, "'n_embd' stands twice"},
         {std::string("{}\0", 3), BNB_E_FORMAT, "NUL byte"},
         {R"({"model_type":"openai-gpt"})", BNB_E_UNSUPPORTED,
@@ -873,6 +751,9 @@ TEST_CASE("checkpoint: skip_modules and keep_in_fp32 follow transformers") {
         {" mlp.c_proj , lm_head", nullptr, {q, q, h, h, h, h}},
         {"transformer.h.1,lm_head", nullptr, {q, h, h, h, h, h}},          // a name's beginning
         {"h.1", nullptr, {q, q, q, q, h, h}},                              // neither
+        {"transformer.h.[0-9], lm_head", nullptr, {h, h, h, h, h, h}},
+        {"transformer.h.1.ml,lm_head", nullptr, {q, q, q, h, h, h}},       // it ends within a part of the name
+        {"transformer.h.1.,lm_head", nullptr, {q, h, h, h, h, h}},
         {"transformer.h.[0-9].attn,lm_head", nullptr, {h, h, q, h, h, h}}, // a regular expression
         {nullptr, "c_proj,transformer.ln_f", {q, s, s, h, s, s}},          // not quantized, and f32 with its bias
         {nullptr, "lm_head", {q, q, q, s, h, h}},

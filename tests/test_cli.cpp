@@ -105,7 +105,7 @@ TEST_CASE("cli: wrong usage ends with status 2 and one sentence") {
     check_failure({"main", "-m", DEMO, "--load-in-4bit", "--blocksize", "100"}, 2, "--blocksize");
     check_failure({"main", "-m", DEMO, "--compute-dtype", "int4"}, 2, "--compute-dtype");
     check_failure({"main", "-m", DEMO, "--device-map", "balanced"}, 2, "--device-map");
-    check_failure({"quantize", DEMO_HF, "--type", "nf4"}, 2, "OUT.bnb");
+    check_failure({"quantize", DEMO_HF, "--type", "nf4"}, 2, "SRC OUT");
     check_failure({"quantize", DEMO_HF, "/tmp/x.bnb"}, 2, "--type");
     check_failure({"inspect"}, 2, "MODEL");
     check_failure({"inspect", DEMO, "--synthetic", "gpt2"}, 2, "--synthetic");
@@ -331,6 +331,20 @@ TEST_CASE("cli: quantize, inspect and main agree") {
         CHECK(loaded.out == converted.out);
         CHECK(!loaded.out.empty());
     }
+    // A Hugging Face directory of the same weights is the same model, and says where its loading time went.
+    CHECK(run({"quantize", dir / "out.bnb", dir / "hf", "--format", "hf", "--shard-size", "0.001"}).status == 0);
+    CHECK(run(Args{"main", "-m", dir / "hf"} + ask).out == run(Args{"main", "-m", dir / "out.bnb"} + ask).out);
+    const json loading = json::parse(run(Args{"main", "-m", DEMO_HF, "--load-in-4bit", "--json"} + ask).out);
+    CHECK(loading["quantize_s"] > 0);
+    CHECK(double(loading["read_s"]) + double(loading["quantize_s"]) <= loading["load_s"]);
+    CHECK(double(loading["load_s"]) + double(loading["prompt_s"]) <= loading["first_token_s"]);
+    CHECK(contains(run(Args{"main", "-m", dir / "hf"} + ask).err, "first token"));
+    CHECK(json::parse(run({"inspect", dir / "hf", "--check", "--json"}).out)["linear_type"] == "int8");
+    const json bench = json::parse(run({"bench", "--load", "-m", dir / "hf", "-r", "2", "--json"}).out)["load"];
+    REQUIRE(bench.size() == 2);
+    for (const json &row : bench) CHECK(row["gb_s"] > 0);
+    check_failure({"quantize", DEMO_HF, dir / "hf", "--format", "hf"}, 1, "is not an empty directory");
+    check_failure({"quantize", DEMO_HF, dir / "x", "--type", "nf4", "--shard-size", "1"}, 2, "--shard-size");
     const Result verbose = run({"quantize", DEMO_HF, dir / "out.bnb", "--type", "nf4", "--verbose"});
     CHECK(lines(verbose.err) > 50);
     CHECK(contains(verbose.err, "nf4"));

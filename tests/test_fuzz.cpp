@@ -2,6 +2,8 @@
 #include "tiny_model.h"
 
 #include "fuzz/fuzz_bnb.cpp"
+#include "fuzz/fuzz_config.cpp"
+#include "fuzz/fuzz_safetensors.cpp"
 #include "fuzz/fuzz_tokenizer.cpp"
 
 using namespace test;
@@ -95,6 +97,37 @@ TEST_CASE("fuzz: tokenizers") {
         results[fuzz_tokenizer(bad.data(), bad.size())]++;
     }
     for (int r : results) CHECK(r > 20); // refused as bytes, refused as a tokenizer, used
+}
+
+// Replays a corpus, then changes some bytes of its good files.
+void replay_and_mutate(const std::string &dir, int (*target)(const uint8_t *, size_t), size_t least) {
+    const std::vector<std::string> files = TempDir::list(dir);
+    CHECK(files.size() >= least);
+    Rng rng(17);
+    int results[3] = {};
+    for (const std::string &path : files) {
+        CAPTURE(path);
+        const std::vector<uint8_t> bytes = read_bytes(path);
+        const bool good = base_name(path).compare(0, 4, "good") == 0;
+        const int result = target(bytes.data(), bytes.size());
+        if (good) CHECK(result == 2);
+        for (int i = 0; good && i < 1000; i++) {
+            std::vector<uint8_t> bad = bytes;
+            for (int64_t n = rng.range(1, 3); n > 0; n--)
+                bad[size_t(rng.range(0, int64_t(bad.size()) - 1))] = uint8_t(rng.chance(0.5) ? rng.next() : '0' + rng.next() % 10);
+            if (rng.chance(0.1)) bad.resize(size_t(rng.range(0, int64_t(bad.size()))));
+            results[target(bad.data(), bad.size())]++;
+        }
+    }
+    for (int r : results) CHECK(r > 20); // no file of the kind, one that is refused, one that is used
+}
+
+TEST_CASE("fuzz: safetensors and the quantized weights in them") {
+    replay_and_mutate("tests/attacks/safetensors", fuzz_safetensors, 60);
+}
+
+TEST_CASE("fuzz: config.json and generation_config.json") {
+    replay_and_mutate("tests/attacks/config", fuzz_config, 9);
 }
 
 } // TEST_SUITE

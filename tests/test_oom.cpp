@@ -356,7 +356,7 @@ TEST_CASE("oom: a Hugging Face directory, quantized on the way") {
     };
     auto convert = [&](bnb_env *e, bnb_error *err) -> bnb_status {
         bnb_convert_result r;
-        return bnb_convert_checkpoint(e, source, target.c_str(), &p, &r, err);
+        return bnb_convert_checkpoint(e, source, target.c_str(), &p, nullptr, &r, err);
     };
     CHECK(fail_env_allocations(env, load) > 10);
     CHECK(fail_env_allocations(env, convert) > 10);

@@ -144,7 +144,7 @@ Bytes converted(Env &env, const std::string &src, const std::string &dst, int32_
     bnb_load_params_default(&load, sizeof load);
     load.type = type;
     bnb_error err = {};
-    const bnb_status status = bnb_convert_checkpoint(env, src.c_str(), dst.c_str(), &load, nullptr, &err);
+    const bnb_status status = bnb_convert_checkpoint(env, src.c_str(), dst.c_str(), &load, nullptr, nullptr, &err);
     REQUIRE_MESSAGE(status == BNB_OK, err.msg);
     return read_bytes(dst);
 }

@@ -1,6 +1,6 @@
 // tool_encode.cpp: encodes records for tests/golden/compare_tokenizers.py and measures encoding speed.
 //
-// Build: g++ -std=c++17 -O2 tests/tool_encode.cpp build/libbnb.a -o tool_encode -lm -pthread      (after make)
+// Build: make test; it is build/test/tool_encode
 // Run:   tool_encode DIR [add] [parse] [raw] [time] [export] < records > ids
 //
 // A record is a u32 length (little-endian) and that many bytes; each gives one line of ids. add, parse and raw are the

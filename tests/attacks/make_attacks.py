@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Makes the small hostile checkpoints that test_checkpoint.cpp replays: each must be refused with one sentence.
 
-    python3 make_attacks.py          # needs nothing but Python; writes safetensors/ and directories/ beside itself
+    python3 make_attacks.py          # needs nothing but Python; writes safetensors/, directories/ and config/ beside itself
 
-safetensors/NAME.safetensors is a file, directories/NAME/ a Hugging Face directory. Files in bnb/ are not made here.
+safetensors/NAME.safetensors is a file, directories/NAME/ a Hugging Face directory, config/NAME.bin two JSON texts (see
+fuzz_config.cpp). A file whose name begins with good is one that fuzzers start from. Files in bnb/ are not made here.
 Adding one: a line below; the tests take whatever lies there.
 """
 import json
@@ -105,6 +106,87 @@ FILES = {
 }
 
 
+NF4 = [-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170036776941, 0.7229568362236023, 1.0]
+
+
+def four_bits(change=None, nested=True, **blob):
+    """One weight [2, 64] as bitsandbytes stores it; change(parts) may alter its tensors, blob its JSON text."""
+    state = {"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [2, 64]}
+    if nested:
+        state.update(nested_blocksize=256, nested_dtype="float32", nested_offset=0.5)
+    text = json.dumps({**state, **blob}).encode()
+    parts = {"x.weight": (list(range(64)), [64, 1], "U8", "64B"), "x.weight.quant_map": (NF4, [16], "F32", "<16f")}
+    if nested:
+        parts["x.weight.absmax"] = ([1, 2], [2], "U8", "2B")
+        parts["x.weight.nested_absmax"] = ([1.5], [1], "F32", "<f")
+        parts["x.weight.nested_quant_map"] = ([i / 256 for i in range(256)], [256], "F32", "<256f")
+    else:
+        parts["x.weight.absmax"] = ([0.5, 2.0], [2], "F32", "<2f")
+    parts["x.weight.quant_state.bitsandbytes__nf4"] = (text, [len(text)], "U8", None)
+    if change:
+        change(parts)
+    header, data = {}, b""
+    for name, (values, shape, dtype, pack) in parts.items():
+        raw_bytes = struct.pack(pack, *values) if pack else values
+        header[name] = entry(shape, len(data), len(data) + len(raw_bytes), dtype)
+        data += raw_bytes
+    return tensors(header, data)
+
+
+def eight_bits(**more):
+    parts = {"x.weight": (bytes(range(128)), [2, 64], "I8"), "x.SCB": (struct.pack("<2f", 1, 2), [2], "F32"),
+             "x.weight_format": (b"\0", [], "U8"), **more}
+    header, data = {}, b""
+    for name, (raw_bytes, shape, dtype) in parts.items():
+        header[name.replace("__", ".")] = entry(shape, len(data), len(data) + len(raw_bytes), dtype)
+        data += raw_bytes
+    return tensors(header, data)
+
+
+FILES.update({
+    "good-plain": tensors({"x": entry([2, 3], 0, 24)}, bytes(24)),
+    "good-nf4": four_bits(nested=False),
+    "good-nf4-nested": four_bits(),
+    "good-int8": eight_bits(),
+    "nf4-without-absmax": four_bits(lambda p: p.pop("x.weight.absmax")),
+    "nf4-without-weight": four_bits(lambda p: p.pop("x.weight")),
+    "nf4-blocksize-0": four_bits(blocksize=0),
+    "nf4-blocksize-huge": four_bits(blocksize=2**31),
+    "nf4-shape-huge": four_bits(shape=[2**62, 4]),
+    "nf4-shape-lies": four_bits(shape=[2, 65]),
+    "nf4-shape-deep": four_bits(shape=[[[2]], 64]),
+    "nf4-offset-text": four_bits(nested_offset="0.5"),
+    "nf4-unknown-key": four_bits(code=1),
+    "nf4-state-of-zeros": four_bits(lambda p: p.update({"x.weight.quant_state.bitsandbytes__nf4": (bytes(50), [50], "U8", None)})),
+    "nf4-other-map": four_bits(lambda p: p.update({"x.weight.quant_map": ([0.0] * 16, [16], "F32", "<16f")})),
+    "int8-scb-short": eight_bits(**{"x.SCB": (struct.pack("<f", 1), [1], "F32")}),
+    "int8-turing": eight_bits(**{"x.weight_format": (b"\2", [], "U8")}),
+})
+
+
+def config_input(config, generation=""):
+    config = config if isinstance(config, str) else json.dumps(config)
+    return struct.pack("<H", len(config)) + config.encode() + (generation or "").encode()
+
+
+OPT = {"model_type": "opt", "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "ffn_dim": 128,
+       "max_position_embeddings": 8, "vocab_size": 5, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+CONFIGS = {
+    "good-gpt2": config_input(CONFIG, '{"eos_token_id": [1, 2], "temperature": 0.7, "top_k": 40, "do_sample": true}'),
+    "good-opt": config_input(OPT),
+    "good-int8": config_input({**CONFIG, "torch_dtype": "bfloat16", "quantization_config":
+                               {"quant_method": "bitsandbytes", "load_in_8bit": True, "llm_int8_threshold": 4.5}}),
+    "mingpt-trainer": config_input({"system": {}, "data": {}, "model": {"n_head": 2}, "trainer": {}}),
+    "generation-list": config_input(CONFIG, "[]"),
+    "generation-cut": config_input(CONFIG, '{"eos'),
+    "threshold-nan": config_input('{"model_type":"gpt2","quantization_config":{"load_in_8bit":true,"llm_int8_threshold":1e999}}'),
+    "deep": config_input('{"a":' * 3000),
+    "empty": config_input(""),
+}
+
+
 def directory(config=CONFIG, weights=None, **more):
     files = {"config.json": config if isinstance(config, (str, bytes)) else json.dumps(config),
              "model.safetensors": gpt2() if weights is None else weights}
@@ -171,6 +253,13 @@ DIRECTORIES = {
     "index-missing-file": index({"weight_map": {"x": "none.safetensors"}}),
     "index-number": index({"weight_map": {"x": 1}}),
     "index-empty": index({"weight_map": {}}),
+    "index-backslash": index({"weight_map": {"x": "..\\\\model.safetensors"}}),
+    "index-nul": index({"weight_map": {"x": "model.safetensors\0"}}),
+    "index-not-utf8": {"config.json": json.dumps(CONFIG), "model.safetensors.index.json": b'{"weight_map":{"x\xff":"a"}}'},
+    "index-of-directory": {**index({"weight_map": {"x": "weights"}}), "weights/nothing": ""},
+    "config-threshold-negative": config(quantization_config={"load_in_8bit": True, "llm_int8_threshold": -1}),
+    "config-quantization-deep": directory('{"quantization_config":' + '{"a":' * 100 + "1" + "}" * 101),
+    "quantized-nothing-else": {"config.json": json.dumps(CONFIG), "model.safetensors": four_bits()},
     "index-deep": index('{"weight_map":' + '{"a":' * 3000),
     "index-name-twice": index('{"weight_map":{"x":"a","x":"b"}}'),
     "tokenizer-broken": directory(**{"tokenizer__json": "{\"model\":"}),
@@ -184,10 +273,12 @@ def write(path, data):
 
 
 def main():
-    for kind in ("safetensors", "directories"):
+    for kind in ("safetensors", "directories", "config"):
         shutil.rmtree(os.path.join(HERE, kind), ignore_errors=True)
     for name, data in FILES.items():
         write(os.path.join(HERE, "safetensors", name + ".safetensors"), data)
+    for name, data in CONFIGS.items():
+        write(os.path.join(HERE, "config", name + ".bin"), data)
     for name, files in DIRECTORIES.items():
         for file, data in files.items():
             write(os.path.join(HERE, "directories", name, file), data)
