@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <new>
 #include <string>
@@ -175,7 +176,9 @@ std::string preset_names();
 // The seam: a ready set of weights becomes a model. `keep` owns whatever the tensors live in (a mapped file, a ctx).
 struct ModelSource {
     Config config;
-    std::vector<bnb_tensor *> tensors; // RESIDENT, or META to ask for memory only
+    std::vector<bnb_tensor *> tensors; // RESIDENT; META to ask for memory only, or if `numbers` has their values
+    // For a GPU, which quantizes on its own: makes the plain numbers of a META tensor, for as long as `use` takes.
+    std::function<bool(const bnb_tensor *t, const std::function<bool(const bnb_tensor *plain)> &use, bnb_error *err)> numbers;
     std::shared_ptr<void> keep;
     std::unique_ptr<Tokenizer> tokenizer; // may be null
 };

@@ -420,7 +420,8 @@ void copy_planes(const bnb_tensor *from, bnb_tensor *to) {
     }
 }
 
-bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+// The values of an item that is to be quantized, in the type that they count as before: use(values).
+template <class F> bool with_values(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_error *err, F use) {
     const std::shared_ptr<TensorStore> scratch = TensorStore::create(env, err);
     if (!scratch) return false;
     scratch->add(item.info.name, item.info.shape, item.target.cast, nullptr);
@@ -434,9 +435,14 @@ bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item,
     } else if (!scratch->alloc(err) || !fill_values(env, item, values, err)) {
         return false;
     }
-    return check_finite(env, policy, item, values, err) &&
-           bnb_quantize(env, values, dst, policy.params().compat, err) == BNB_OK &&
-           check_finite(env, policy, item, dst, err); // int8 rounds to f16 first, which may overflow
+    return check_finite(env, policy, item, values, err) && use(values);
+}
+
+bool quantize_item(bnb_env *env, const LoadPolicy &policy, const PlanItem &item, bnb_tensor *dst, bnb_error *err) {
+    return with_values(env, policy, item, err, [&](const bnb_tensor *values) {
+        return bnb_quantize(env, values, dst, policy.params().compat, err) == BNB_OK &&
+               check_finite(env, policy, item, dst, err); // int8 rounds to f16 first, which may overflow
+    });
 }
 
 // From a dense source.
@@ -506,8 +512,24 @@ bool report_progress(bnb_env *env, const char *phase, const ConversionPlan &plan
 // What a loaded model keeps: its tensors, and the files that some of them lie in.
 struct LoadedWeights {
     Origin origin;
-    std::shared_ptr<TensorStore> store;
+    std::shared_ptr<TensorStore> store, deferred; // deferred: META, quantized by the device they go to
+    std::unique_ptr<LoadPolicy> policy;
+    ConversionPlan plan;
+    std::vector<bnb_tensor *> tensors; // [plan.items]
 };
+
+// Whether a GPU can quantize this: it does so as bitsandbytes' CUDA kernels, and nothing looks at its results.
+bool can_defer(const LoadPolicy &policy, const PlanItem &item) {
+    return bnb_type_is_quantized(item.target.type) && !item.target.copy && policy.params().compat == BNB_COMPAT_CUDA &&
+           (item.target.type != BNB_INT8 || item.target.cast == BNB_F16);
+}
+
+bool find_device(bnb_env *env, const char *device, bool *gpu, bnb_error *err) {
+    bnb_backend *backend = bnb_backend_open(env, device ? device : "auto", err);
+    *gpu = backend && strcmp(bnb_backend_name(backend), "cpu") != 0;
+    bnb_backend_close(backend);
+    return backend != nullptr;
+}
 
 // Whether the model can use the source's memory itself: the same numbers in the same order, and aligned.
 bool can_share(const PlanItem &item) {
@@ -524,28 +546,47 @@ bool share(const SourceTensor &s, bnb_tensor *t, bnb_error *err) {
     return bnb_tensor_bind(t, planes, err) == BNB_OK;
 }
 
-bool load_weights(bnb_env *env, const LoadPolicy &policy, const ConversionPlan &plan, bool mapped, TensorStore *store,
-                  bnb_convert_result *result, bnb_error *err) {
+bool load_weights(bnb_env *env, LoadedWeights *w, bool mapped, bool gpu, bnb_convert_result *result, bnb_error *err) {
     std::vector<bool> shared;
-    for (const PlanItem &item : plan.items) {
-        store->add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+    for (const PlanItem &item : w->plan.items) {
+        TensorStore &store = gpu && can_defer(*w->policy, item) ? *w->deferred : *w->store;
+        store.add(item.info.name, item.info.shape, item.target.type, &item.target.quant);
+        if (!store.status(err)) return false;
+        w->tensors.push_back(store.tensors().back());
         shared.push_back(mapped && can_share(item));
-        if (shared.back() && store->tensors().back() && !share(*item.source, store->tensors().back(), err))
-            return false;
+        if (shared.back() && !share(*item.source, w->tensors.back(), err)) return false;
     }
-    if (!store->status(err) || !store->alloc(err)) return false;
+    if (!w->store->alloc(err)) return false;
     uint64_t done = 0;
-    for (size_t i = 0; i < plan.items.size(); i++) {
-        bnb_tensor *t = store->tensors()[i];
-        if (!produce(env, policy, plan.items[i], shared[i], t, result, err)) return false;
-        done += source_bytes(plan.items[i]);
+    for (size_t i = 0; i < w->plan.items.size(); i++) {
+        const bool deferred = gpu && can_defer(*w->policy, w->plan.items[i]);
+        bnb_tensor *t = w->tensors[i];
+        if (!deferred && !produce(env, *w->policy, w->plan.items[i], shared[i], t, result, err)) return false;
+        done += source_bytes(w->plan.items[i]);
         result->bytes_out += bnb_tensor_bytes(t);
         result->n_quantized += bnb_type_is_quantized(t->type);
-        if (!report_progress(env, "load", plan, done, err)) return false;
+        if (!report_progress(env, "load", w->plan, done, err)) return false;
     }
-    result->n_tensors = int64_t(plan.items.size());
-    result->bytes_in = plan.bytes_in;
+    result->n_tensors = int64_t(w->plan.items.size());
+    result->bytes_in = w->plan.bytes_in;
     return true;
+}
+
+// ModelSource::numbers
+bool deferred_numbers(bnb_env *env, const LoadedWeights &w, const bnb_tensor *t,
+                      const std::function<bool(const bnb_tensor *)> &use, bnb_convert_result *result, bnb_error *err) {
+    const size_t i = size_t(std::find(w.tensors.begin(), w.tensors.end(), t) - w.tensors.begin());
+    const PlanItem &item = w.plan.items[i];
+    std::unique_ptr<uint8_t[]> values;
+    const double start = now();
+    read_source(env, *item.source);
+    const double read = now();
+    const SourceTensor dense = dense_source(env, *item.source, &values);
+    const bool ok = with_values(env, *w.policy, {item.info, &dense, item.transpose, item.target}, err, use);
+    for (const Span &span : source_spans(*item.source)) release_pages(span.data, span.bytes);
+    result->read_s += read - start;
+    result->quantize_s += now() - read;
+    return ok;
 }
 
 // Weights that are quantized are loaded as they are, as in transformers: quantizing them once more loses accuracy, so it
@@ -571,7 +612,6 @@ bnb_model *load_checkpoint(bnb_env *env, const std::string &path, bnb_load_param
     const std::shared_ptr<LoadedWeights> loaded = std::make_shared<LoadedWeights>();
     const Origin &origin = loaded->origin;
     const bnb_model_params p = params_read(params, bnb_model_params_default);
-    ConversionPlan plan;
     ModelSource model;
     if (!open_origin(env, path, &loaded->origin, err)) return nullptr;
     if (load.check && !check_origin(origin, err)) return nullptr;
@@ -579,21 +619,27 @@ bnb_model *load_checkpoint(bnb_env *env, const std::string &path, bnb_load_param
         if (!check_loadable(path, q->type, load.type, err)) return nullptr;
         load.type = -1;
     }
-    std::unique_ptr<LoadPolicy> policy = LoadPolicy::create(*origin.hf.arch, &load, err);
-    if (!policy || !make_plan(env, origin, *policy, &plan, err)) return nullptr;
+    loaded->policy = LoadPolicy::create(*origin.hf.arch, &load, err);
+    if (!loaded->policy || !make_plan(env, origin, *loaded->policy, &loaded->plan, err)) return nullptr;
     bool has_tokenizer = false;
     TokenizerData tokenizer;
     if (!read_tokenizer(origin, &has_tokenizer, &tokenizer, err)) return nullptr;
     if (has_tokenizer && !(model.tokenizer = Tokenizer::create(std::move(tokenizer), err))) return nullptr;
     loaded->store = TensorStore::create(env, err);
-    if (!loaded->store || !load_weights(env, *policy, plan, !p.no_mmap, loaded->store.get(), result, err))
+    loaded->deferred = TensorStore::create(env, err);
+    bool gpu = false;
+    if (!loaded->store || !loaded->deferred || !find_device(env, p.device, &gpu, err) || !load_weights(env, loaded.get(), !p.no_mmap, gpu, result, err))
         return nullptr;
     if (p.mlock) loaded->store->lock(env);
-    model.config = plan.config;
-    model.tensors = loaded->store->tensors();
+    model.config = loaded->plan.config;
+    model.tensors = loaded->tensors;
     model.keep = loaded;
+    if (gpu)
+        model.numbers = [=, w = loaded.get()](const bnb_tensor *t, const std::function<bool(const bnb_tensor *)> &use,
+                                              bnb_error *e) { return deferred_numbers(env, *w, t, use, result, e); };
+    bnb_model *m = model_create(env, std::move(model), params, err);
     if (p.no_mmap) loaded->origin = Origin(); // nothing lies in the files
-    return model_create(env, std::move(model), params, err);
+    return m;
 }
 
 // A .bnb is mapped as it is. What it is asked to be can only be checked.

@@ -290,7 +290,8 @@ bool upload_weights(bnb_model &m, bnb_error *err) {
     size_t done = 0;
     for (const bnb_tensor *t : m.source.tensors) {
         auto it = m.weights.find(bnb_tensor_name(t));
-        if (it != m.weights.end() && bnb_tensor_upload(it->second, t, err)) return false;
+        auto upload = [&](const bnb_tensor *from) { return bnb_tensor_upload(it->second, from, err) == BNB_OK; };
+        if (it != m.weights.end() && !(bnb_tensor_state(t) == BNB_META ? m.source.numbers(t, upload, err) : upload(t))) return false;
         if (bnb_progress(m.env, "upload", static_cast<double>(++done) / static_cast<double>(m.source.tensors.size()))) continue;
         bnb_fail(err, BNB_E_CANCELLED, "uploading the weights was cancelled");
         return false;
@@ -422,8 +423,9 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
     if (p.n_batch < 1) p.n_batch = on_cpu(*m) ? 512 : 2048;
     bnb_memory memory;
     if (!measure(*m, std::min<int64_t>(m->source.config.n_ctx, p.n_batch), &memory, &m->compute, err)) return nullptr;
-    bool meta = std::any_of(m->source.tensors.begin(), m->source.tensors.end(), [](const bnb_tensor *t) { return bnb_tensor_state(t) == BNB_META; });
+    bool meta = !m->source.numbers && std::any_of(m->source.tensors.begin(), m->source.tensors.end(), [](const bnb_tensor *t) { return bnb_tensor_state(t) == BNB_META; });
     if (!on_cpu(*m) && !meta && !upload_weights(*m, err)) return nullptr;
+    m->source.numbers = nullptr;
     return m.release();
 }
 

@@ -5,6 +5,12 @@
 #include "graphs.h"
 #include "tiny_model.h"
 
+#include "../models/checkpoint.h"
+
+#ifndef BNB_SOURCE_DIR
+#define BNB_SOURCE_DIR "."
+#endif
+
 using namespace test;
 
 namespace {
@@ -279,6 +285,36 @@ TEST_SUITE("backend") {
             p.feeds[0] = feed;
             CHECK(!bnb_plan_create(env.cpu(), g, &p, &err));
             CHECK(err.code == BNB_E_ARG);
+        }
+    }
+
+    TEST_CASE("backend: a checkpoint that is quantized while it is loaded") { // by the CPU, or by the device that it goes to
+        Env env(2);
+        for (int32_t type : {BNB_NF4, BNB_INT8}) {
+            std::vector<Floats> all;
+            for (Device &d : devices(env)) {
+                bnb_error err = {};
+                bnb_model_params p;
+                bnb_model_params_default(&p, sizeof p);
+                bnb_load_params l;
+                bnb_load_params_default(&l, sizeof l);
+                p.device = d.name.c_str();
+                p.compute_dtype = BNB_F32;
+                p.kv_type = BNB_F32;
+                l.type = type;
+                l.double_quant = 1;
+                Model model(bnb_model_load(env, BNB_SOURCE_DIR "/models/demo", &l, &p, &err));
+                REQUIRE_MESSAGE(model, text(err));
+                Session session(bnb_session_create(model.get(), 16, &err));
+                REQUIRE_MESSAGE(session, text(err));
+                const int32_t tokens[] = {7, 300, 41};
+                bnb_status status = bnb_session_sync(session.get(), tokens, 3, &err);
+                REQUIRE_MESSAGE(status == BNB_OK, text(err));
+                int64_t n;
+                const float *logits = bnb_session_logits(session.get(), &n);
+                all.push_back(Floats(logits, logits + n));
+                CHECK_MESSAGE(relative_error(all.back(), widen(all[0])) < (type == BNB_INT8 ? 2e-2 : 1e-4), type_name(type), " on ", d.name);
+            }
         }
     }
 
