@@ -545,7 +545,8 @@ struct ModelOptions {
     bool no_mmap = false, mlock = false;
 
     Rows row_path() {
-        return {{"-m, --model", "MODEL", &path, "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}};
+        return {{"-m, --model", "MODEL", &path,
+                 "a .bnb file, a Hugging Face directory, a .safetensors or a PyTorch file"}};
     }
     Rows rows() {
         return {
@@ -579,7 +580,8 @@ struct ModelOptions {
         return p;
     }
     // result: NULL, or where it says what it did.
-    Model load(bnb_env *env, const Given &given, const QuantOptions &quant, bnb_convert_result *result = nullptr) const {
+    Model load(bnb_env *env, const Given &given, const QuantOptions &quant,
+               bnb_convert_result *result = nullptr) const {
         if (path.empty()) usage("a model is needed: -m MODEL");
         const bnb_model_params model_params = params(given, quant);
         bnb_load_params load_params = quant.params(given);

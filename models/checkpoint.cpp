@@ -589,8 +589,8 @@ bool deferred_numbers(bnb_env *env, const LoadedWeights &w, const bnb_tensor *t,
     return ok;
 }
 
-// Weights that are quantized are loaded as they are, as in transformers: quantizing them once more loses accuracy, so it
-// is done by a conversion only.
+// Weights that are quantized are loaded as they are, as in transformers: quantizing them once more loses accuracy, so
+// it is done by a conversion only.
 bool check_loadable(const std::string &path, int32_t stored, int32_t wanted, bnb_error *err) {
     if (wanted < 0 || wanted == stored) return true;
     const std::string shown = printable_path(path);

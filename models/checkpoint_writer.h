@@ -1,5 +1,5 @@
-// checkpoint_writer.h: the seam between a conversion and the forms that it can write. One form is one class and one line
-// in checkpoint.cpp (formats).
+// checkpoint_writer.h: the seam between a conversion and the forms that it can write. One form is one class and one
+// line in checkpoint.cpp (formats).
 #pragma once
 
 #include <memory>

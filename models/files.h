@@ -32,7 +32,8 @@ std::string printable_path(const std::string &path); // keeps the end, which tel
 
 bool file_exists(const std::string &path);
 
-// A file mapped for reading. A file that another program shortens meanwhile ends the process (SIGBUS), as with any mmap.
+// A file mapped for reading. A file that another program shortens meanwhile ends the process (SIGBUS), as with any
+// mmap.
 class MappedFile {
 public:
     static std::unique_ptr<MappedFile> open(const std::string &path, bnb_error *err); // only regular files
@@ -52,8 +53,9 @@ private:
 // These bytes of a file's mapping have been read and need not stay in memory: they are read again if they are needed.
 void release_pages(const void *data, uint64_t bytes);
 
-// Parses JSON more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte, more than
-// `most` bytes (a tree takes many times that) and anything that is not UTF-8 are errors. `name` begins the messages.
+// Parses JSON more strictly than most: a key that stands twice in an object, nesting deeper than 64, a NUL byte, more
+// than `most` bytes (a tree takes many times that) and anything that is not UTF-8 are errors. `name` begins the
+// messages.
 constexpr uint64_t max_json_bytes = 128 << 20; // the largest tokenizer.json known has 33 MB
 bool json_parse(const void *text, uint64_t bytes, const std::string &name, nlohmann::json *out, bnb_error *err,
                 uint64_t most = max_json_bytes);

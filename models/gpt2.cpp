@@ -106,7 +106,7 @@ const Preset presets[] = {
 
 } // namespace
 
-const Arch gpt2_arch = {"gpt2",  "GPT2LMHeadModel",     prefixes, ignored,  hf_keys, presets,
-                        ".attn.c_attn.weight", 0, defaults, tensors,  may_be_transposed, build};
+const Arch gpt2_arch = {"gpt2",   "GPT2LMHeadModel", prefixes, ignored, hf_keys, presets, ".attn.c_attn.weight", 0,
+                        defaults, tensors, may_be_transposed, build};
 
 } // namespace bnb

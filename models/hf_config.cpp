@@ -149,7 +149,8 @@ static void read_dtype(const json &config, HfConfig *out) {
     }
 }
 
-// minGPT's trainer writes a config.json of its own beside its state dict. The model's part may name a preset and no sizes.
+// minGPT's trainer writes a config.json of its own beside its state dict. The model's part may name a preset and no
+// sizes.
 static bool is_mingpt(const json &config) {
     return !config.contains("model_type") && config.contains("system") && config.contains("trainer") &&
            config.contains("model") && config["model"].is_object();
@@ -215,8 +216,8 @@ int64_t layer_number(const std::string &name, const std::string &prefix) {
     return n;
 }
 
-// The number of heads stands in no shape: minGPT's configuration may say it, it is known for the models that have a name,
-// and guessed for others.
+// The number of heads stands in no shape: minGPT's configuration may say it, it is known for the models that have a
+// name, and guessed for others.
 bool find_heads(bnb_env *env, const Arch &arch, const json &mingpt, Config *c, bnb_error *err) {
     auto stated = mingpt.find("n_head");
     if (stated != mingpt.end() && !assign(c->n_head, *stated)) return true;

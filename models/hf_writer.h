@@ -8,7 +8,8 @@
 
 namespace bnb {
 
-// path: a directory that is not there, or is empty. It is made beside itself and renamed by finish(). contents outlives it.
+// path: a directory that is not there, or is empty. It is made beside itself and renamed by finish(). contents
+// outlives it.
 std::unique_ptr<CheckpointWriter> hf_writer_create(const std::string &path, const CheckpointContents &contents,
                                                    uint64_t shard_bytes, bnb_error *err);
 

@@ -113,7 +113,7 @@ const Preset presets[] = {
 
 } // namespace
 
-const Arch opt_arch = {"opt",    "OPTForCausalLM", prefixes, ignored,           hf_keys, presets, ".self_attn.out_proj.weight", 2,
-                       defaults, tensors,          may_be_transposed, build};
+const Arch opt_arch = {"opt",    "OPTForCausalLM", prefixes, ignored, hf_keys, presets, ".self_attn.out_proj.weight", 2,
+                       defaults, tensors, may_be_transposed, build};
 
 } // namespace bnb

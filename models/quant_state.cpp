@@ -1,4 +1,5 @@
-// quant_state.cpp: see quant_state.h. What is accepted is what QuantState.from_dict of bitsandbytes accepts, and checked.
+// quant_state.cpp: see quant_state.h. What is accepted is what QuantState.from_dict of bitsandbytes accepts, and
+// checked.
 #include "quant_state.h"
 
 #include <cmath>

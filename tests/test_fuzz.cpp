@@ -114,7 +114,8 @@ void replay_and_mutate(const std::string &dir, int (*target)(const uint8_t *, si
         for (int i = 0; good && i < 1000; i++) {
             std::vector<uint8_t> bad = bytes;
             for (int64_t n = rng.range(1, 3); n > 0; n--)
-                bad[size_t(rng.range(0, int64_t(bad.size()) - 1))] = uint8_t(rng.chance(0.5) ? rng.next() : '0' + rng.next() % 10);
+                bad[size_t(rng.range(0, int64_t(bad.size()) - 1))] =
+                    uint8_t(rng.chance(0.5) ? rng.next() : '0' + rng.next() % 10);
             if (rng.chance(0.1)) bad.resize(size_t(rng.range(0, int64_t(bad.size()))));
             results[target(bad.data(), bad.size())]++;
         }

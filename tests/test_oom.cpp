@@ -8,6 +8,7 @@
 #include "../models/checkpoint.h"
 
 #include <atomic>
+#include <filesystem>
 #include <new>
 
 // ---- operator new ----------------------------------------------------------------------------------------------------
@@ -359,7 +360,16 @@ TEST_CASE("oom: a Hugging Face directory, quantized on the way") {
         return bnb_convert_checkpoint(e, source, target.c_str(), &p, nullptr, &r, err);
     };
     CHECK(fail_env_allocations(env, load) > 10);
+    auto write_directory = [&](bnb_env *e, bnb_error *err) -> bnb_status {
+        bnb_save_params save;
+        bnb_save_params_default(&save, sizeof save);
+        save.format = BNB_FORMAT_HF;
+        const bnb_status status = bnb_convert_checkpoint(e, source, dir.file("hf").c_str(), &p, &save, nullptr, err);
+        std::filesystem::remove_all(dir.file("hf")); // only what succeeded is there
+        return status;
+    };
     CHECK(fail_env_allocations(env, convert) > 10);
+    CHECK(fail_env_allocations(env, write_directory) > 10);
     // operator new is left alone here: destructors of nlohmann::json allocate, and a destructor that throws ends the process
     CHECK(TempDir::list(dir.file("")).size() == 1); // no temporary file was left
     bnb_error err = {};

@@ -1,5 +1,6 @@
-// test_quantized.cpp: checkpoints that bitsandbytes quantized, in; Hugging Face directories for it, out. The checkpoints
-// are those of golden/make_checkpoints.py; golden/check_exports.py loads what is written here with the real packages.
+// test_quantized.cpp: checkpoints that bitsandbytes quantized, in; Hugging Face directories for it, out. The
+// checkpoints are those of golden/make_checkpoints.py; golden/check_exports.py loads what is written here with the
+// real packages.
 #include <doctest/doctest.h>
 
 #include <algorithm>
@@ -701,6 +702,10 @@ TEST_CASE("export: modules that are not quantized are named in config.json") {
     CHECK(skipped(untied, "") == json::array()); // the head is quantized
     CHECK(skipped(untied, "h.0.attn.c_proj,lm_head") == json({"transformer.h.0.attn.c_proj", "lm_head"}));
     CHECK(skipped(untied, "h.0.attn.c_proj") == json({"transformer.h.0.attn.c_proj"}));
+    must_export(env, GOLDEN + "gpt2-nf4", dir.file("dequantized"), BNB_F32); // [in, out], of what was [out, in]
+    const std::string w = "h.0.mlp.c_fc.weight";
+    CHECK(values_of(env, tensor_of(loaded(env, dir.file("dequantized")).get(), w)) ==
+          values_of(env, tensor_of(loaded(env, GOLDEN + "gpt2-nf4").get(), w)));
     bnb_load_params all = load_params(BNB_F16);
     must_export(env, tied, dir.file("plain"), -1, 0, &all);
     CHECK(!json_of(dir.file("plain/config.json")).contains("quantization_config"));

@@ -1,7 +1,8 @@
 // tool_logits.cpp: what a model makes of some tokens, for tests/golden/check_exports.py.
 //
 // Build: make test; it is build/test/tool_logits
-// Run:   tool_logits MODEL N ID... > logits      f32 [n_ids, n_vocab] computed in f32, then the N greedy tokens that follow, i32
+// Run:   tool_logits MODEL N ID... > logits      f32 [n_ids, n_vocab] computed in f32, then the N greedy tokens that
+//                                                follow, i32
 #include <cstdio>
 #include <cstdlib>
 #include <memory>

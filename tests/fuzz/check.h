@@ -1,4 +1,5 @@
-// check.h: what fuzz targets share: reading so that it is not optimized away, and promises whose breach ends the process.
+// check.h: what fuzz targets share: reading so that it is not optimized away, and promises whose breach ends the
+// process.
 #pragma once
 
 #include <cstdio>

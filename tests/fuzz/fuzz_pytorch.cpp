@@ -2,8 +2,8 @@
 //
 // Fuzz:    make fuzz, or: clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -DBNB_FUZZ
 // tests/fuzz/fuzz_pytorch.cpp
-//              models/pytorch.cpp models/safetensors.cpp models/files.cpp bnb.o -lm -pthread -o fuzz_pytorch, then ./fuzz_pytorch
-//              corpus/ tests/attacks/pytorch/
+//              models/pytorch.cpp models/safetensors.cpp models/files.cpp bnb.o -lm -pthread -o fuzz_pytorch, then
+//              ./fuzz_pytorch corpus/ tests/attacks/pytorch/
 // Replay:  with -DBNB_FUZZ_REPLAY instead; tests/test_pytorch.cpp does the same in every run of the tests.
 //
 // Bytes that are only a pickle become the data.pkl of a zip with four storages of 64 bytes, so that a fuzzer need not

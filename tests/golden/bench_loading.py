@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Measures how fast bnb loads each container, beside safetensors' and PyTorch's own loaders, in one run.
 
-    make && python3 tests/golden/bench_loading.py      # from the repository's root; makes OPT-like files of 0.66 GB in TMPDIR
+    make && python3 tests/golden/bench_loading.py      # from the repository's root; makes files of 4 GB in TMPDIR
 
-Files are in the page cache. mapped: until each byte was read once, in place; copied: until all is in memory of its own. For
-Python these are load_file (which maps) and then a sum over each tensor's bytes, or a clone of each. Medians of 5.
+Files are in the page cache. mapped: until each byte was read once, in place; copied: until all is in memory of its own.
+For Python these are load_file (which maps) and then a sum over each tensor's bytes, or a clone of each. Medians of 5.
 What it does not do: empty the page cache (a cold read is the disk's speed).
 """
 import glob
@@ -41,8 +41,9 @@ def make(tmp):
         os.makedirs(tmp + "/" + name)
         torch.save(state, tmp + "/" + name + "/pytorch_model.bin", _use_new_zipfile_serialization=zipped)
         subprocess.run(["cp", tmp + "/st/config.json", tmp + "/" + name], check=True)
-    for out, options in (("f16.bnb", ["--type", "f16"]), ("nf4.bnb", ["--type", "nf4"]), ("int8.bnb", ["--type", "int8"]),
-                         ("nf4-hf", ["--type", "nf4", "--format", "hf"]), ("int8-hf", ["--type", "int8", "--format", "hf"])):
+    for out, options in (("f16.bnb", ["--type", "f16"]), ("nf4.bnb", ["--type", "nf4"]),
+                         ("int8.bnb", ["--type", "int8"]), ("nf4-hf", ["--type", "nf4", "--format", "hf"]),
+                         ("int8-hf", ["--type", "int8", "--format", "hf"])):
         subprocess.run([ROOT + "/quantize", tmp + "/st", tmp + "/" + out, *options], check=True, capture_output=True)
 
 
@@ -79,15 +80,16 @@ def python_loaders(tmp):
 
 
 def bnb(tmp):
-    for d, options in (("st", []), ("sharded", []), ("bin", []), ("legacy", []), ("nf4-hf", []), ("int8-hf", []), ("f16.bnb", []),
-                       ("nf4.bnb", []), ("int8.bnb", []), ("st", ["--type", "nf4"]), ("st", ["--type", "int8"]),
-                       ("bin", ["--type", "nf4"])):
-        out = subprocess.run([ROOT + "/bench", "--load", "-m", tmp + "/" + d, "-r", str(REPS), "--json", *options], check=True,
-                             capture_output=True).stdout
+    stored = ("st", "sharded", "bin", "legacy", "nf4-hf", "int8-hf", "f16.bnb", "nf4.bnb", "int8.bnb")
+    quantized = (("st", ["--type", "nf4"]), ("st", ["--type", "int8"]), ("bin", ["--type", "nf4"]))
+    for d, options in (*((d, []) for d in stored), *quantized):
+        out = subprocess.run([ROOT + "/bench", "--load", "-m", tmp + "/" + d, "-r", str(REPS), "--json", *options],
+                             check=True, capture_output=True).stdout
         for r in json.loads(out)["load"]:
             if options and not r["no_mmap"]:
                 continue  # nothing can stay in the file
-            row("bnb, " + d, "to " + options[1] if options else "copied" if r["no_mmap"] else "mapped", r["bytes"], r["seconds"])
+            how = "to " + options[1] if options else "copied" if r["no_mmap"] else "mapped"
+            row("bnb, " + d, how, r["bytes"], r["seconds"])
 
 
 def main():

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Loads what ./quantize --format hf writes in transformers and bitsandbytes, and compares.
 
-    make test && python3 tests/golden/check_exports.py [-v]     # from the repository's root; a few minutes; status 1: a failure
+    make test && python3 tests/golden/check_exports.py [-v]     # from the repository's root; status 1: a failure
 
 Sources: checkpoints/ (quantized by bitsandbytes) as stored, models/ (f32) in each type, models/demo with its tokenizer.
 For each export:
     loads       transformers loads it: no warning, no missing and no unexpected key
-    planes      as stored: each tensor equals the source's, byte for byte. Else: each plane equals what bitsandbytes makes of
-                the same weights on this CPU (--quant-compat cpu). Nested scales hang on a mean whose last bits are those of
-                an order of summation: it may differ by 2 ulp, and a code of a scale then by one step
+    planes      as stored: each tensor equals the source's, byte for byte. Else: each plane equals what bitsandbytes
+                makes of the same weights on this CPU (--quant-compat cpu). Nested scales hang on a mean whose last bits
+                are those of an order of summation: it may differ by 2 ulp, and a code of a scale then by one step
     round trip  .bnb -> hf -> .bnb gives the same file
     logits      bnb's (f32) against transformers' (4 bits: dequantized, f32; 8 bits: bitsandbytes' own kernels)
-    tokens      64 greedy tokens are the same; 8 bits: after each of transformers' 64 tokens, wherever its best leads by more
-                than the limit for logits
+    tokens      64 greedy tokens are the same; 8 bits: after each of transformers' 64 tokens, wherever its best leads by
+                more than the limit for logits
 It prints a line for each and a summary. What it does not do: write anything that stays.
 """
 import glob
@@ -37,7 +37,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(os.path.dirname(HERE))
 N_GREEDY, PROMPT = 64, [7, 3, 19, 40, 22, 11, 5, 30]
 F32_LIMIT = 1e-4   # max |diff| / max |logit|
-INT8_LIMIT = 2e-2  # relative euclidean distance: a last bit that differs makes another 8-bit activation in the next layer
+INT8_LIMIT = 2e-2  # relative euclidean distance: a last bit makes another 8-bit activation in the next layer
 TYPES = {  # name: options of ./quantize, what transformers is asked for (None: nothing to compare planes with)
     "nf4": (["--type", "nf4"], dict(load_in_4bit=True, bnb_4bit_quant_type="nf4")),
     "fp4": (["--type", "fp4"], dict(load_in_4bit=True, bnb_4bit_quant_type="fp4")),
@@ -45,7 +45,8 @@ TYPES = {  # name: options of ./quantize, what transformers is asked for (None: 
                    dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)),
     "nf4-128": (["--type", "nf4", "--blocksize", "128"], None),
     "fp4-skip": (["--type", "fp4", "--skip-modules", "c_proj,out_proj,lm_head"],
-                 dict(load_in_4bit=True, bnb_4bit_quant_type="fp4", llm_int8_skip_modules=["c_proj", "out_proj", "lm_head"])),
+                 dict(load_in_4bit=True, bnb_4bit_quant_type="fp4",
+                      llm_int8_skip_modules=["c_proj", "out_proj", "lm_head"])),
     "int8": (["--type", "int8", "--threshold", "4"], dict(load_in_8bit=True, llm_int8_threshold=4.0)),
     "int8-sharded": (["--type", "int8", "--shard-size", "0.00005"], dict(load_in_8bit=True)),
     "f32": (["--type", "f32"], None),
@@ -129,7 +130,9 @@ def compare_logits(path, model, name):
     want, got = logits_of(model, ids).numpy()[len(PROMPT) - 1:-1], logits_by_bnb(path, ids, 0)[0][len(PROMPT) - 1:-1]
     best = np.sort(want)[:, -2:]
     gap, other = (best[:, 1] - best[:, 0]) / np.abs(want).max(), want.argmax(1) != got.argmax(1)
-    detail = "%d the same" % (N_GREEDY - other.sum()) + (", others lead by %.2g at most" % gap[other].max() if other.any() else "")
+    detail = "%d the same" % (N_GREEDY - other.sum())
+    if other.any():
+        detail += ", others lead by %.2g at most" % gap[other].max()
     note("tokens", name, not (other & (gap > INT8_LIMIT)).any(), detail)
 
 
@@ -156,7 +159,8 @@ def compare_stored(source, export, name, conv1d_differs):
         a[k] = b[k]  # the one that was a string
     bad = ["%s only in one" % k for k in sorted(set(a) ^ set(b))]
     for k in sorted(set(a) & set(b)):
-        w = a[k].t() if conv1d_differs and is_conv1d(k) and a[k].dtype.is_floating_point and k + ".absmax" not in a else a[k]
+        turned = conv1d_differs and is_conv1d(k) and a[k].dtype.is_floating_point and k + ".absmax" not in a
+        w = a[k].t() if turned else a[k]
         if raw(w) != raw(b[k]):
             bad.append(k)
     note("planes", name, not bad, "%d tensors" % len(b) if not bad else str(bad[:3]))
@@ -173,7 +177,7 @@ def nested_differences(want, got, bad):
             continue
         a, b = (json.loads(bytes(s[blob].tolist())) for s in (want, got))
         offsets = np.array([s.pop("nested_offset") for s in (a, b)], "<f4").view("<i4")
-        steps = np.abs(want[base + ".absmax"].int() - got[base + ".absmax"].int()).max()
+        steps = int((want[base + ".absmax"].int() - got[base + ".absmax"].int()).abs().max())
         if a != b or abs(offsets[0] - offsets[1]) > 2 or steps > 1 or k == base:
             left.append(k)
         n_means += k == blob
@@ -241,8 +245,10 @@ def check_demo():
             note("tokenizer", label, tokenizer(text).input_ids == want and tokenizer.decode(want) == text)
             model = load(hf, label)
             ids = tokenizer("In the beginning", return_tensors="pt")
-            out = model.generate(**ids, max_new_tokens=48, do_sample=False, eos_token_id=None)[0][ids.input_ids.shape[1]:]
-            mine = run("main", "-m", hf, "-p", "In the beginning", "-n", "48", "--temp", "0", "--no-echo", "--ignore-eos")
+            out = model.generate(**ids, max_new_tokens=48, do_sample=False, eos_token_id=None)[0]
+            out = out[ids.input_ids.shape[1]:]
+            mine = run("main", "-m", hf, "-p", "In the beginning", "-n", "48", "--temp", "0", "--no-echo",
+                       "--ignore-eos")
             note("text", label, tokenizer.decode(out) == mine.decode(), repr(mine.decode()[:40]))
 
 

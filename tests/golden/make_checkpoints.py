@@ -2,13 +2,13 @@
 """Makes the small checkpoints under checkpoints/, quantized by bitsandbytes in each of its formats, and what it and
 transformers say is in them.
 
-    python3 make_checkpoints.py [OUT]    # needs torch, transformers, accelerate, bitsandbytes; the CPU is enough; a minute
+    python3 make_checkpoints.py [OUT]    # needs torch, transformers, accelerate, bitsandbytes (CPU is enough); a minute
 
-Each checkpoints/NAME/ is what transformers' save_pretrained wrote (minGPT: a state dict of bitsandbytes' modules, without
-a config.json). checkpoints/NAME.expect holds, little-endian:
+Each checkpoints/NAME/ is what transformers' save_pretrained wrote (minGPT: a state dict of bitsandbytes' modules,
+without a config.json). checkpoints/NAME.expect holds, little-endian:
     i32 n_prompt, n_vocab, n_greedy, n_weights
     i32 prompt [n_prompt], i32 greedy [n_greedy]        greedy: what follows the prompt by these logits
-    f32 logits [n_prompt, n_vocab]                      4 bits: of the dequantized weights in f32; 8 bits: as bitsandbytes runs
+    f32 logits [n_prompt, n_vocab]                      4 bits: of the dequantized weights in f32; 8 bits: bitsandbytes'
     n_weights times: name as 64 bytes (zero-padded), u32 CRC-32 of the dequantized weight, f32 [out, in], -0 as +0
 
 The networks are random, with one outlier feature behind each norm. What it does not do: test anything.
@@ -25,7 +25,8 @@ import bitsandbytes as bnb
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM
+from transformers import (AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel, OPTConfig,
+                          OPTForCausalLM)
 
 from make_models import is_conv1d, randomize
 
@@ -34,12 +35,15 @@ OUT = sys.argv[1] if len(sys.argv) > 1 else os.path.join(HERE, "checkpoints")
 N_PROMPT, N_GREEDY, V, P, C = 9, 64, 64, 72, 64
 
 GPT2 = dict(vocab_size=V, n_positions=P, n_embd=C, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0)
-OPT = dict(vocab_size=V, max_position_embeddings=P, hidden_size=C, num_hidden_layers=1, num_attention_heads=4, ffn_dim=128)
+OPT = dict(vocab_size=V, max_position_embeddings=P, hidden_size=C, num_hidden_layers=1, num_attention_heads=4,
+           ffn_dim=128)
 NETWORKS = {
     "gpt2": (GPT2LMHeadModel, GPT2Config(n_inner=2 * C, **GPT2)),
     "opt": (OPTForCausalLM, OPTConfig(word_embed_proj_dim=C, **OPT)),
-    "opt-post": (OPTForCausalLM, OPTConfig(word_embed_proj_dim=C // 2, do_layer_norm_before=False, **OPT)),  # as OPT-350m
-    "mingpt": (GPT2LMHeadModel, GPT2Config(**{**GPT2, "tie_word_embeddings": False, "n_head": 1})),  # no file says how many
+    # as OPT-350m
+    "opt-post": (OPTForCausalLM, OPTConfig(word_embed_proj_dim=C // 2, do_layer_norm_before=False, **OPT)),
+    # no file says how many heads there are
+    "mingpt": (GPT2LMHeadModel, GPT2Config(**{**GPT2, "tie_word_embeddings": False, "n_head": 1})),
     "mingpt-trainer": (GPT2LMHeadModel, GPT2Config(**{**GPT2, "tie_word_embeddings": False})),
 }
 
@@ -89,7 +93,8 @@ def dequantized(p, scb=None):
     """The weight's values in f32, [out, in]."""
     if isinstance(p, bnb.nn.Params4bit):
         state, shape = p.quant_state, p.quant_state.shape
-        dtype, state.dtype, state.shape = state.dtype, F32, torch.Size([1, shape.numel()])  # the CPU kernel wants K % B == 0
+        dtype, state.dtype = state.dtype, F32
+        state.shape = torch.Size([1, shape.numel()])  # the CPU kernel wants K % B == 0
         w = bnb.functional.dequantize_4bit(p.data, state).reshape(shape)
         state.dtype, state.shape = dtype, shape
         return w
@@ -161,7 +166,7 @@ def save(state, path, how):
 
 
 def by_hand(name, networks):
-    """Under minGPT's names: Linear layout, mask buffers, a head of its own that is not quantized, as accelerate does it."""
+    """Under minGPT's names: Linear layout, mask buffers, an unquantized head of its own, as accelerate does."""
     blocksize, kind, nested, storage, how = MINGPT[name]
     state, weights = {}, {}
     trainer = "trainer" in name
@@ -173,7 +178,8 @@ def by_hand(name, networks):
             continue
         w = m.weight.data.t().contiguous()
         if kind:
-            q = bnb.nn.Linear4bit(w.shape[1], w.shape[0], compress_statistics=nested, quant_type=kind, quant_storage=storage)
+            q = bnb.nn.Linear4bit(w.shape[1], w.shape[0], compress_statistics=nested, quant_type=kind,
+                                  quant_storage=storage)
             q.weight = bnb.nn.Params4bit(w, requires_grad=False, blocksize=blocksize, compress_statistics=nested,
                                          quant_type=kind, quant_storage=storage, module=q)
         else:
@@ -198,10 +204,12 @@ def by_hand(name, networks):
     if trainer:  # what minGPT's trainer writes beside its model.pt
         with open(os.path.join(OUT, name, "config.json"), "w") as f:
             json.dump({"system": {"seed": 3407, "work_dir": "./out"}, "data": {"block_size": P},
-                       "model": {"model_type": None, "n_layer": 1, "n_head": 4, "n_embd": C, "vocab_size": V, "block_size": P},
+                       "model": {"model_type": None, "n_layer": 1, "n_head": 4, "n_embd": C, "vocab_size": V,
+                                 "block_size": P},
                        "trainer": {"device": "auto", "max_iters": 100}}, f, indent=4)
-    write_expect(name, model if kind is None else plain_model(GPT2LMHeadModel, model.config, network.state_dict(), weights),
-                 weights)
+    if kind:
+        model = plain_model(GPT2LMHeadModel, model.config, network.state_dict(), weights)
+    write_expect(name, model, weights)
 
 
 def main():
