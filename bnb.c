@@ -2104,10 +2104,10 @@ BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the 
 
 /* ---- dot: y for M rows of x, R rows of w at a time ---- */
 
-#ifndef DB
-#define DB 65536
-#endif
-enum { BNB__DOT_BYTES = DB }; /* of weights in a tile: some microseconds, so that threads end together */
+enum {
+    BNB__DOT_BYTES = 65536,   /* of weights in a tile: some microseconds, so that threads end together              */
+    BNB__DOT_PREFETCH = 4096  /* bytes ahead of what is decoded: better than 1, 2, 8 or 16 KiB                      */
+};
 
 static int64_t bnb__dot_rows(const bnb_tensor *w) /* rows of w in a tile, a multiple of 8 */
 {
@@ -2122,19 +2122,13 @@ static int64_t bnb__dot_m(int64_t M) { return M <= 4 ? M : M <= 6 ? 6 : 8; } /* 
 /* Calls f(.., M, R) with constants. R * M <= 8 sums are reduced together. */
 #define BNB__DOT_SWITCH(M, CALL)                                                                                       \
     switch (bnb__dot_m(M)) {                                                                                           \
-    case 1: CALL(1, BNB__R1); break;                                                                                         \
+    case 1: CALL(1, 1); break;                                                                                               \
     case 2: CALL(2, 2); break;                                                                                         \
     case 3: CALL(3, 2); break;                                                                                         \
     case 4: CALL(4, 2); break;                                                                                         \
     case 6: CALL(6, 1); break;                                                                                         \
     default: CALL(8, 1); break;                                                                                        \
     }
-#ifndef BNB__R1
-#define BNB__R1 1
-#endif
-#ifndef BNB__PF
-#define BNB__PF 4096
-#endif
 
 /* Writes y[m, n + r] = sum[r * M + m] + bias[n + r] for the l->M rows that exist. */
 BNB__INLINE BNB__AVX2 void bnb__dot_store(const bnb__linear *l, int64_t n, const __m256 *sum, const int M, const int R)
@@ -2191,7 +2185,7 @@ BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n,
         BNB__UNROLL for (int m = 0; m < M; m++) sum[r * M + m] = _mm512_fmadd_ps(part[r * M + m], s, sum[r * M + m]);  \
     }
     for (; k + 128 <= K; k += 128) {
-        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__PF), _MM_HINT_T0);
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__DOT_PREFETCH), _MM_HINT_T0);
         BNB__STEP(_mm512_loadu_si512(q + r * (K / 2) + k / 2),
                   C == 128 ? _mm512_set1_ps(*a)
                            : _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(C == 64 ? _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)a)) : _mm_loadu_ps(a))))
@@ -2287,7 +2281,7 @@ BNB__INLINE BNB__AVX512 void bnb__dot_rows_512(const bnb__linear *l, int64_t n, 
     }
     int64_t k = 0;
     for (; k + 16 <= K; k += 16) {
-        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * row + k * (row / K) + BNB__PF), _MM_HINT_T0);
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * row + k * (row / K) + BNB__DOT_PREFETCH), _MM_HINT_T0);
         BNB__STEP((__mmask16)0xffff)
     }
     if (k < K) { BNB__STEP(bnb__mask16(K - k)) }
@@ -2745,7 +2739,7 @@ BNB__INLINE BNB__VNNI void bnb__dot_int8_rows_vnni(const bnb__linear *l, const b
         BNB__UNROLL for (int r = 0; r < R; r++) acc[r * M + m] = _mm512_dpbusd_epi32(acc[r * M + m], v[r], a);         \
     }
     for (; k + 64 <= K; k += 64) {
-        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * K + k + BNB__PF), _MM_HINT_T0);
+        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(w + r * K + k + BNB__DOT_PREFETCH), _MM_HINT_T0);
         BNB__STEP(_mm512_loadu_si512(w + r * K + k))
     }
     if (k < K) { BNB__STEP(_mm512_maskz_loadu_epi8(bnb__mask64(K - k), w + r * K + k)) }
@@ -2996,7 +2990,7 @@ BNB__INLINE BNB__AVX2 void bnb__dot_row_256(const bnb__linear *l, int64_t n, con
     for (; k + 32 <= K; k += 32) {
         if (type >= BNB_NF4) {
             const uint8_t *q = l->codes + (first + k) / 2;
-            if (!(k & 127)) _mm_prefetch((const char *)q + BNB__PF, _MM_HINT_T0);
+            if (!(k & 127)) _mm_prefetch((const char *)q + BNB__DOT_PREFETCH, _MM_HINT_T0);
             bnb__decode4_256(q, table, v);
             __m256 a = _mm256_set1_ps(bnb__absmax(l->w, (first + k) >> shift));
             BNB__UNROLL for (int i = 0; i < 4; i++) v[i] = _mm256_mul_ps(v[i], a);
