@@ -545,7 +545,9 @@ Loading measure_loading(const Options &o, const cli::Given &given, bnb_env *env,
     for (int64_t rep = 0; rep <= o.reps; rep++) {
         const double start = cli::now();
         const cli::Model loaded = model.load(env, given, o.quant, &l.result);
-        if (!no_mmap) read_weights(env, loaded.get()); // they lie in the file: loading need not have read them
+        // on a CPU they lie in the file: loading need not have read them
+        const bool on_cpu = !strcmp(bnb_backend_name(bnb_model_backend(loaded.get())), "cpu");
+        if (!no_mmap && on_cpu) read_weights(env, loaded.get());
         if (rep) l.times.push_back(cli::now() - start);
         cli::stop_if_interrupted();
     }
