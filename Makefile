@@ -94,6 +94,10 @@ $(BUILD)/bnb-hip.o: bnb-hip.cpp
 	@mkdir -p $(@D)
 	$(HIPCC) -std=c++17 $(HIPFLAGS) $(HIP_ARCH:%=--offload-arch=%) $(WARNINGS) $(EXTRA) -MMD -MP -c $< -o $@
 
+# What reads options, JSON and pickles runs once: there, size counts.
+$(patsubst %,$(BUILD)/models/%.o,checkpoint files hf_config hf_writer pytorch quant_state safetensors tokenizer_json) \
+$(PROGRAMS:%=$(BUILD)/examples/%.o): CXXFLAGS += -Os
+
 $(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
 	@rm -f $@
 	$(AR) rcs $@ $^
