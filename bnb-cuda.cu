@@ -864,7 +864,7 @@ __global__ void feed_kernel(Feeds f) {
 
 namespace tile4 {
 
-// linear4.cuh: y = x W^T on NVIDIA Hopper, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
+// y = x W^T on NVIDIA Hopper, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
 //
 // Weights in 4 bits are kept in an invertible permutation of codes and absmax, made once at load (tile4_pack). A block
 // of 64 rows is a sequence of tiles along K; a tile is 64 rows by 64 columns, four units of 16 rows, 576 bytes each:
@@ -878,7 +878,8 @@ namespace tile4 {
 // Both kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
 // pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
 //     linear4_small  M <= 16: the warps of a block split K; bulk copies fill a private ring of units per warp;
-//                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax.
+//                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax. With one row of
+//                    x nothing is summed over the warps before the end.
 //     linear4_wgmma  any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into the
 //                    A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the f16
 //                    weights, so that the accumulators sum over all of K. K may be split over the warpgroups of a
@@ -1034,14 +1035,6 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-}
-
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile("{.reg .pred done;\n"
                  "AGAIN_%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
@@ -1063,15 +1056,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map,
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                  "[%4];" ::"r"(to),
                  "l"(map), "r"(k), "r"(m), "r"(barrier)
-                 : "memory");
-}
-
-// The same to every block of the cluster that mask names, at the same place, counted by each block's barrier.
-__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
-                                            uint16_t mask) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-                 "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"(mask)
                  : "memory");
 }
 
@@ -1233,24 +1217,29 @@ inline int total_blocks(const Linear4 &a) {
     return n;
 }
 
-// table: half2 [256 bytes of codes][32 banks]; the low half is the high nibble, the even column. 512 threads.
-__device__ __forceinline__ void fill_table(char *table, const float *map, int thread) {
+// table: half2 [256 bytes of codes][32 banks], an entry each kStride bytes; the low half is the high nibble, the even
+// column. 512 threads.
+template <int kStride> __device__ __forceinline__ void fill_table(char *table, const float *map, int thread) {
     const int byte = thread / 2; // its 16-byte pieces with the parity of thread, each in turn free of bank conflicts
     const uint32_t pair = half2_bits(map[byte >> 4], map[byte & 15]);
 #pragma unroll
     for (int i = 0; i < 4; ++i)
-        ((uint4 *)table)[byte * 8 + ((thread + 2 * i) & 7)] = make_uint4(pair, pair, pair, pair);
+        *(uint4 *)(table + byte * kStride + ((thread + 2 * i) & 7) * 16) = make_uint4(pair, pair, pair, pair);
 }
 
-// A lane's 16 bytes of a unit's codes to the A fragments of four k16 steps; bank: 4 * lane.
+// A lane's 16 bytes of a unit's codes to the A fragments of four k16 steps; bank: 4 * lane. With a stride of 256 one
+// byte permutation puts the byte of codes above the bank, with 128 it takes two instructions.
+template <int kStride>
 __device__ __forceinline__ void decode(const uint4 &codes, const char *table, uint32_t bank, uint32_t (&a)[16]) {
     const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const uint32_t entry = (j == 0 ? word[i] << 7 : word[i] >> (8 * j - 7)) & 0x7f80;
-            a[(i & 1) * 8 + (i >> 1) + 2 * j] = *(const uint32_t *)(table + (entry | bank));
+            uint32_t entry;
+            if (kStride == 256) entry = __byte_perm(word[i], bank, 0x5504 | j << 4);
+            else entry = ((j == 0 ? word[i] << 7 : word[i] >> (8 * j - 7)) & 0x7f80) | bank;
+            a[(i & 1) * 8 + (i >> 1) + 2 * j] = *(const uint32_t *)(table + entry);
         }
 }
 
@@ -1259,133 +1248,218 @@ template <int kThreads> __device__ __forceinline__ void consumer_sync() {
     asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
 }
 
-// The sum over the consumers; partial [32] must not be in use.
+// The sum over the consumers; partial [kThreads / 32], 16-byte aligned, must not be in use.
 template <int kThreads> __device__ __forceinline__ float consumer_sum(float v, float *partial) {
     for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
     if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = v;
     consumer_sync<kThreads>();
-    v = threadIdx.x % 32 < kThreads / 32 ? partial[threadIdx.x % 32] : 0.0f;
-    for (int o = 16; o; o >>= 1) v += __shfl_xor_sync(~0u, v, o);
+    v = 0;
+#pragma unroll
+    for (int i = 0; i < kThreads / 128; ++i) {
+        const float4 p = ((const float4 *)partial)[i];
+        v += (p.x + p.y) + (p.z + p.w);
+    }
     return v;
 }
 
-constexpr int kNormMax = 16384; // columns
+constexpr int kNormMax = 16384; // columns; as many as fit the gaps of a table's 256 entries
 
-// The norm of the one row of x as f16. The row stays in registers between the passes.
-template <int kThreads> __device__ __forceinline__ void stage_norm(const LinearCall &a, __half *to, float *partial) {
-    constexpr int kPieces = kNormMax / 4 / kThreads;
-    const int pieces = a.K / 4;
-    float4 v[kPieces];
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-        const int i = threadIdx.x + j * kThreads;
-        v[j] = i < pieces ? ((const float4 *)a.x)[i] : make_float4(0, 0, 0, 0);
-        sum += (v[j].x + v[j].y) + (v[j].z + v[j].w);
+__device__ __forceinline__ float4 load4(const float *p, int i) { return *(const float4 *)(p + i); }
+
+// The norm's weights for 8 columns.
+struct NormWeights {
+    float4 w[2], b[2];
+};
+
+__device__ __forceinline__ NormWeights norm_weights(const LinearCall &a, int k) {
+    const float4 zero = make_float4(0, 0, 0, 0);
+    NormWeights n = {{zero, zero}, {zero, zero}};
+    if (a.norm_kind == kNormNone || k >= a.K) return n;
+    n.w[0] = load4(a.norm_w, k), n.w[1] = load4(a.norm_w, k + 4);
+    if (a.norm_b) n.b[0] = load4(a.norm_b, k), n.b[1] = load4(a.norm_b, k + 4);
+    return n;
+}
+
+// The norm of the one row of x as f16, given to put(row, column, 8 columns). A thread's first 8 columns stay in
+// registers between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8 columns,
+// loaded while the kernel before still ran.
+template <int kThreads, class Put>
+__device__ __forceinline__ void stage_norm(const LinearCall &a, const NormWeights &early, float *partial, Put put) {
+    const float *x = (const float *)a.x;
+    const int first = threadIdx.x * 8;
+    const float4 zero = make_float4(0, 0, 0, 0);
+    const float4 p = first < a.K ? load4(x, first) : zero, q = first < a.K ? load4(x, first + 4) : zero;
+    float mean = 0, sum = (p.x + p.y) + (p.z + p.w) + ((q.x + q.y) + (q.z + q.w));
+    if (a.norm_kind == kNormLayer) {
+#pragma unroll 1
+        for (int k = first + 8 * kThreads; k < a.K; k += 8 * kThreads)
+            for (int i = 0; i < 8; ++i) sum += x[k + i];
+        mean = consumer_sum<kThreads>(sum, partial) / a.K;
     }
-    const float mean = a.norm_kind == kNormLayer ? consumer_sum<kThreads>(sum, partial) / a.K : 0.0f;
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-        if (threadIdx.x + j * kThreads >= pieces) break;
-        const float4 d = make_float4(v[j].x - mean, v[j].y - mean, v[j].z - mean, v[j].w - mean);
-        squares += (d.x * d.x + d.y * d.y) + (d.z * d.z + d.w * d.w);
+    sum = 0;
+    for (int k = first; k < a.K; k += 8 * kThreads) {
+        const float4 v = k == first ? p : load4(x, k), w = k == first ? q : load4(x, k + 4);
+        const float d[8] = {v.x - mean, v.y - mean, v.z - mean, v.w - mean, w.x - mean, w.y - mean, w.z - mean,
+                            w.w - mean};
+        sum += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]) +
+               ((d[4] * d[4] + d[5] * d[5]) + (d[6] * d[6] + d[7] * d[7]));
     }
-    const float scale = 1.0f / sqrtf(consumer_sum<kThreads>(squares, partial + 32) / a.K + a.norm_eps);
-#pragma unroll
-    for (int j = 0; j < kPieces; ++j) {
-        const int i = threadIdx.x + j * kThreads;
-        if (i >= pieces) break;
-        const float4 w = ((const float4 *)a.norm_w)[i];
-        const float4 b = a.norm_b ? ((const float4 *)a.norm_b)[i] : make_float4(0, 0, 0, 0);
-        ((uint2 *)to)[i] = make_uint2(
-            half2_bits((v[j].x - mean) * scale * w.x + b.x, (v[j].y - mean) * scale * w.y + b.y),
-            half2_bits((v[j].z - mean) * scale * w.z + b.z, (v[j].w - mean) * scale * w.w + b.w));
+    const float scale = 1.0f / sqrtf(consumer_sum<kThreads>(sum, partial + 32) / a.K + a.norm_eps);
+    const auto normed = [&](const float4 &v, const float4 &w, const float4 &b) {
+        return make_uint2(half2_bits((v.x - mean) * scale * w.x + b.x, (v.y - mean) * scale * w.y + b.y),
+                          half2_bits((v.z - mean) * scale * w.z + b.z, (v.w - mean) * scale * w.w + b.w));
+    };
+#pragma unroll 1
+    for (int k = first; k < a.K; k += 8 * kThreads) {
+        const NormWeights n = k == first ? early : norm_weights(a, k);
+        const uint2 low = normed(k == first ? p : load4(x, k), n.w[0], n.b[0]);
+        const uint2 high = normed(k == first ? q : load4(x, k + 4), n.w[1], n.b[1]);
+        put(0, k, make_uint4(low.x, low.y, high.x, high.y));
     }
 }
 
-// x to f16 [M][pitch] in shared memory; partial [64] is scratch.
-template <int kThreads>
-__device__ __forceinline__ void stage_x(const LinearCall &a, __half *to, int pitch, float *partial) {
-    if (a.norm_kind != kNormNone) return stage_norm<kThreads>(a, to, partial);
+// Gives x, 8 columns at a time, as f16 to put(row, column, 8 columns); partial [64] is scratch.
+template <int kThreads, class Put>
+__device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &early, float *partial, Put put) {
+    if (a.norm_kind != kNormNone) return stage_norm<kThreads>(a, early, partial, put);
     const int pieces = a.K / 8;
 #pragma unroll 4
     for (int i = threadIdx.x; i < a.M * pieces; i += kThreads) {
         const int m = a.M == 1 ? 0 : i / pieces, k = (i - m * pieces) * 8;
-        uint4 v;
         if (a.x_f32) {
-            const float4 *from = (const float4 *)((const float *)a.x + m * a.ldx + k);
-            const float4 p = from[0], q = from[1];
-            v = make_uint4(half2_bits(p.x, p.y), half2_bits(p.z, p.w), half2_bits(q.x, q.y), half2_bits(q.z, q.w));
+            const float *from = (const float *)a.x + m * a.ldx + k;
+            const float4 p = load4(from, 0), q = load4(from, 4);
+            put(m, k, make_uint4(half2_bits(p.x, p.y), half2_bits(p.z, p.w), half2_bits(q.x, q.y),
+                                 half2_bits(q.z, q.w)));
         } else {
-            v = *(const uint4 *)((const __half *)a.x + m * a.ldx + k);
+            put(m, k, *(const uint4 *)((const __half *)a.x + m * a.ldx + k));
         }
-        *(uint4 *)(to + m * pitch + k) = v;
     }
 }
 
 // ---- linear4_small --------------------------------------------------------------------------------------------------
 
-// kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: 1, 2 or 4 neighbouring units of a tile
-// that a warp takes together. kStages: of each warp's ring.
-template <int kCols, int kUnits, int kStages> struct Small {
+// kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: neighbouring strips of 16 rows, 1, 2 or 4,
+// that a warp takes together: a band. kGroups: groups of 64 columns that it takes together: a chunk.
+template <int kCols, int kUnits, int kGroups> struct Small {
     static constexpr int kWarps = 16, kThreads = kWarps * 32;
+    static constexpr int kStages = kUnits * kGroups == 1 ? 4 : 2; // of each warp's ring
     static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
-    static constexpr int kStageBytes = kUnits * kUnitBytes;
-    static constexpr int kRing = kTableBytes;                                // units [kWarps][kStages][kUnits]
-    static constexpr int kBarriers = kRing + kWarps * kStages * kStageBytes; // u64 [kWarps][kStages]
-    static constexpr int kPartial = kBarriers + kWarps * kStages * 8;        // f32 [kWarps][M][kRows]
-    static int shared_bytes(int M, int K) { return x_offset(M) + M * x_pitch(K) * 2; }
-    __host__ __device__ static int x_offset(int M) { return kPartial + kWarps * M * kRows * 4; }
+    static constexpr int kStride = kCols == 1 ? 256 : 128; // of the table; a single row of x lies in its 256 gaps
+    static constexpr int kStageBytes = kGroups * kUnits * kUnitBytes;  // units [kGroups][kUnits]
+    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages]
+    static constexpr int kScratch = kBarriers + kWarps * kStages * 8;  // f32 [64]
+    static constexpr int kRing = kScratch + 256;                       // stages [kWarps][kStages]
+    // f32 partial [bands][kWarps][kRows] for a single row of x, whose warps meet once; else [kWarps][M][kRows].
+    static constexpr bool kMeetOnce = kCols == 1;
+    static constexpr int kPartial = kRing + kWarps * kStages * kStageBytes;
+    __host__ __device__ static int x_offset(int M, int bands) {
+        return kPartial + (kMeetOnce ? bands : 1) * kWarps * M * kRows * 4;
+    }
     __host__ __device__ static int x_pitch(int K) { return K + 8; } // rows 16 bytes apart in the banks for ldmatrix
+    static int shared_bytes(int M, int K, int bands) {
+        return x_offset(M, bands) + (kCols == 1 ? 0 : M * x_pitch(K) * 2);
+    }
 };
 
-// The rows of W are cut into strips of kRows; block b computes `share` of them, one more where b < more. Warp w takes
-// the tiles w, w + 16, ... of a strip. kBlocks fit a multiprocessor.
-template <int kCols, int kUnits, int kStages, int kBlocks>
-__global__ void __launch_bounds__(512, kBlocks)
+// A single row of x: its 64 columns of a group are 32 pairs, of which lane t of the first four needs the pairs 4 e + t,
+// e = 0..7, as its column of B for four k16 steps. They lie together in the gap after entry `group` of the table,
+// rotated by the group so that staging them has no bank conflicts.
+__device__ __forceinline__ int column_place(int group, int t) { return group * 256 + 128 + ((t + group) & 3) * 32; }
+
+// Only the first four lanes load: the other columns of the product are not used, whatever they hold.
+__device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, int lane) {
+    asm volatile("{.reg .pred p; setp.lt.s32 p, %9, 4;\n"
+                 "@p ld.shared.v4.u32 {%0, %1, %2, %3}, [%8];\n"
+                 "@p ld.shared.v4.u32 {%4, %5, %6, %7}, [%8 + 16];}"
+                 : "+r"(b[0]), "+r"(b[1]), "+r"(b[2]), "+r"(b[3]), "+r"(b[4]), "+r"(b[5]), "+r"(b[6]), "+r"(b[7])
+                 : "r"(address), "r"(lane)
+                 : "memory");
+}
+
+// Block b computes `share` bands, one more where b < more. Chunks go to the warps in turn: with a single row of x band
+// after band, so that all warps have the same work whatever the shape; else each band begins with warp 0.
+template <int kCols, int kUnits, int kGroups>
+__global__ void __launch_bounds__(512, 1)
     linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
 #ifdef BNB__HOPPER
-    using S = Small<kCols, kUnits, kStages>;
-    constexpr int kStrips = kBlockUnits / kUnits; // of a block of 64 rows
+    using S = Small<kCols, kUnits, kGroups>;
+    constexpr int kBlockBands = kBlockUnits / kUnits; // of a block of 64 rows
     extern __shared__ __align__(1024) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int block = blockIdx.x, first = block * share + min(block, more), end = first + share + (block < more);
-    const int groups = a.K / kGroup, M = kCols == 1 ? 1 : a.M;
+    const int first = blockIdx.x * share + min((int)blockIdx.x, more), bands = share + ((int)blockIdx.x < more);
+    const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups), M = kCols == 1 ? 1 : a.M;
 
-    const char *ring = shared + S::kRing + warp * kStages * S::kStageBytes;
-    const uint32_t full = shared_address(shared + S::kBarriers) + warp * kStages * 8;
+    const char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
+    const uint32_t full = shared_address(shared + S::kBarriers) + warp * S::kStages * 8;
     if (lane == 0) {
-        for (int i = 0; i < kStages; ++i) barrier_init(full + i * 8, 1);
+        for (int i = 0; i < S::kStages; ++i) barrier_init(full + i * 8, 1);
         barrier_init_fence();
     }
     __syncwarp();
 
-    // What the ring's next free stage will hold: the units at `from`, tile `ahead` of strip `ahead_strip`.
-    int ahead_strip = warp < groups ? first : end, ahead = warp;
+    // What the ring's next free stage will hold: the chunk `ahead` of a band, at `from`.
+    int ahead_band = -1, ahead = chunks;
     const char *from = nullptr;
+    auto next_ahead = [&] {
+        if (ahead < chunks) return;
+        while (ahead >= chunks && ++ahead_band < bands) ahead = ahead_band > 0 && S::kMeetOnce ? ahead - chunks : warp;
+        if (ahead_band >= bands) return;
+        const int band = first + ahead_band;
+        from = block_at(a, band / kBlockBands).tiles + (size_t)ahead * (kGroups * kTileBytes) +
+               band % kBlockBands * (kUnits * kUnitBytes);
+    };
+    next_ahead();
     auto copy_next = [&](int stage) {
-        if (ahead_strip >= end) return;
-        if (ahead == warp)
-            from = block_at(a, ahead_strip / kStrips).tiles + warp * kTileBytes +
-                   ahead_strip % kStrips * S::kStageBytes;
+        if (ahead_band >= bands) return;
         if (lane == 0) {
-            barrier_expect(full + stage * 8, S::kStageBytes);
-            bulk_copy(shared_address(ring + stage * S::kStageBytes), from, S::kStageBytes, full + stage * 8);
+            const int n = kGroups == 1 ? 1 : min(kGroups, groups - ahead * kGroups);
+            barrier_expect(full + stage * 8, n * kUnits * kUnitBytes);
+#pragma unroll
+            for (int i = 0; i < kGroups; ++i)
+                if (i < n)
+                    bulk_copy(shared_address(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes),
+                              from + i * kTileBytes, kUnits * kUnitBytes, full + stage * 8);
         }
-        from += S::kWarps * kTileBytes;
-        ahead += S::kWarps;
-        if (ahead >= groups) ahead = warp, ++ahead_strip;
+        from += S::kWarps * kGroups * kTileBytes, ahead += S::kWarps;
+        next_ahead();
     };
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) copy_next(i); // weights do not depend on the kernel before
+    for (int i = 0; i < S::kStages; ++i) copy_next(i); // weights do not depend on the kernel before
     launch_dependents();
-    fill_table(shared, a.map, threadIdx.x);
-    wait_for_prior_kernel(); // from here on x and residual may be read and y written
+    fill_table<S::kStride>(shared, a.map, threadIdx.x);
 
-    __half *x = (__half *)(shared + S::x_offset(M));  // [M][pitch]
-    float *partial = (float *)(shared + S::kPartial); // [kWarps][M][kRows]
+    // Outputs are counted [bands][M][kRows].
+    auto bias_of = [&](const Linear4Part &out, int n) { return out.bias && n < out.N ? out.bias[n] : 0.0f; };
+    auto residual_of = [&](const Linear4Part &out, int m, int n) {
+        return a.residual && n < out.N ? a.residual[m * a.ldr + n] : 0.0f;
+    };
+    float early_bias = 0, early_residual = 0; // of a thread's first output
+    const int early_band = first + min((int)threadIdx.x / S::kRows, bands - 1);
+    const int early_n = early_band % kBlockBands * S::kRows + threadIdx.x % S::kRows;
+    if (S::kMeetOnce) {
+        const Block rows = block_at(a, early_band / kBlockBands);
+        early_bias = bias_of(a.part[rows.part], rows.row + early_n);
+    }
+    const NormWeights early = kCols == 1 ? norm_weights(a, threadIdx.x * 8) : NormWeights{};
+    wait_for_prior_kernel(); // from here on x and residual may be read and y written
+    if (S::kMeetOnce) // a call with a residual has one part
+        early_residual = residual_of(a.part[0], 0, early_band / kBlockBands * kBlockRows + early_n);
+
+    __half *x = (__half *)(shared + S::x_offset(M, bands)); // [M][pitch]; a single row lies in the table
+    float *partial = (float *)(shared + S::kPartial);
     const int pitch = S::x_pitch(a.K);
-    stage_x<S::kThreads>(a, x, pitch, partial);
+    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch), [&](int m, int k, uint4 v) {
+        if (kCols == 1) {
+            char *to = shared + k % kGroup / 8 * 4;
+            *(uint32_t *)(to + column_place(k / kGroup, 0)) = v.x;
+            *(uint32_t *)(to + column_place(k / kGroup, 1)) = v.y;
+            *(uint32_t *)(to + column_place(k / kGroup, 2)) = v.z;
+            *(uint32_t *)(to + column_place(k / kGroup, 3)) = v.w;
+        } else {
+            *(uint4 *)(x + m * pitch + k) = v;
+        }
+    });
     consumer_sync<S::kThreads>();
 
     uint32_t x_lane[S::kTiles]; // where this lane's row of ldmatrix begins
@@ -1393,46 +1467,75 @@ __global__ void __launch_bounds__(512, kBlocks)
     for (int n = 0; n < S::kTiles; ++n)
         x_lane[n] = shared_address(x + min(n * 8 + lane % 8, M - 1) * pitch + lane / 8 * 8);
 
-    int stage = 0;
-    uint32_t parity = 0;
-    for (int strip = first; strip < end; ++strip) {
+    // Adds up the warps' sums of n bands from `band` on.
+    auto finish = [&](int band, int n_bands) {
+        consumer_sync<S::kThreads>();
+        for (int i = threadIdx.x; i < n_bands * M * S::kRows; i += S::kThreads) {
+            const int m = i / S::kRows % M, b = i / S::kRows / M, at = first + band + b;
+            const Block rows = block_at(a, at / kBlockBands);
+            const Linear4Part &out = a.part[rows.part];
+            const int n = rows.row + at % kBlockBands * S::kRows + i % S::kRows;
+            const bool is_early = S::kMeetOnce && i < S::kThreads;
+            const float residual = is_early ? early_residual : residual_of(out, m, n);
+            float v = is_early ? early_bias : bias_of(out, n);
+#pragma unroll
+            for (int w = 0; w < S::kWarps; ++w)
+                v += partial[((b * S::kWarps + w) * M + m) * S::kRows + i % S::kRows];
+            if (n < out.N) store_y(out.y, m * out.ldy + n, activate(v, a.act) + residual, a.y_f32);
+        }
+    };
+
+    int chunk = warp, stage = 0;
+    uint32_t parity = 0, b[S::kTiles][8] = {};
+    for (int band = 0; band < bands; ++band) {
         float sum[kUnits][S::kTiles][4] = {};
-        for (int group = warp; group < groups; group += S::kWarps) {
-            uint32_t b[S::kTiles][8];
-#pragma unroll
-            for (int n = 0; n < S::kTiles; ++n) {
-                load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
-                load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
-            }
+        for (; chunk < chunks; chunk += S::kWarps) {
             barrier_wait(full + stage * 8, parity);
-            uint4 codes[kUnits];
-            float2 absmax[kUnits]; // of rows g and g + 8
+            uint4 codes[kGroups][kUnits];
+            float2 absmax[kGroups][kUnits]; // of rows g and g + 8
 #pragma unroll
-            for (int u = 0; u < kUnits; ++u) {
-                const char *unit = ring + stage * S::kStageBytes + u * kUnitBytes;
-                codes[u] = *(const uint4 *)(unit + lane * 16);
-                absmax[u] = *(const float2 *)(unit + kCodeBytes + g * 8);
-            }
+            for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+                for (int u = 0; u < kUnits; ++u) {
+                    const char *unit = ring + stage * S::kStageBytes + (i * kUnits + u) * kUnitBytes;
+                    codes[i][u] = *(const uint4 *)(unit + lane * 16);
+                    absmax[i][u] = *(const float2 *)(unit + kCodeBytes + g * 8);
+                }
             __syncwarp();
             copy_next(stage); // the stage is free once it is in registers
-            if (++stage == kStages) stage = 0, parity ^= 1;
+            if (++stage == S::kStages) stage = 0, parity ^= 1;
 #pragma unroll
-            for (int u = 0; u < kUnits; ++u) {
-                uint32_t w[16];
-                decode(codes[u], shared, lane * 4, w);
+            for (int i = 0; i < kGroups; ++i) {
+                const int group = chunk * kGroups + i;
+                if (kGroups > 1 && group >= groups) break;
 #pragma unroll
                 for (int n = 0; n < S::kTiles; ++n) {
-                    float d[4] = {};
+                    if (kCols == 1) {
+                        load_column(b[n], shared_address(shared) + column_place(group, t), lane);
+                    } else {
+                        load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
+                        load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
+                    }
+                }
 #pragma unroll
-                    for (int s = 0; s < 4; ++s) mma(d, w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
-                    sum[u][n][0] += d[0] * absmax[u].x;
-                    sum[u][n][1] += d[1] * absmax[u].x;
-                    sum[u][n][2] += d[2] * absmax[u].y;
-                    sum[u][n][3] += d[3] * absmax[u].y;
+                for (int u = 0; u < kUnits; ++u) {
+                    uint32_t w[16];
+                    decode<S::kStride>(codes[i][u], shared, lane * 4, w);
+#pragma unroll
+                    for (int n = 0; n < S::kTiles; ++n) {
+                        float d[2][4] = {}; // two short chains
+#pragma unroll
+                        for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
+                        sum[u][n][0] += (d[0][0] + d[1][0]) * absmax[i][u].x;
+                        sum[u][n][1] += (d[0][1] + d[1][1]) * absmax[i][u].x;
+                        sum[u][n][2] += (d[0][2] + d[1][2]) * absmax[i][u].y;
+                        sum[u][n][3] += (d[0][3] + d[1][3]) * absmax[i][u].y;
+                    }
                 }
             }
         }
-
+        chunk = S::kMeetOnce ? chunk - chunks : warp;
+        float *to = partial + ((S::kMeetOnce ? band * S::kWarps : 0) + warp) * M * S::kRows + g;
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
@@ -1441,32 +1544,21 @@ __global__ void __launch_bounds__(512, kBlocks)
                 for (int j = 0; j < 4; ++j) {
                     const int m = kCols == 1 ? 0 : n * 8 + 2 * t + (j & 1);
                     if (kCols == 1 ? t == 0 && (j & 1) == 0 : m < M)
-                        partial[(warp * M + m) * S::kRows + u * kUnitRows + g + (j >> 1) * 8] = sum[u][n][j];
+                        to[m * S::kRows + u * kUnitRows + (j >> 1) * 8] = sum[u][n][j];
                 }
-        consumer_sync<S::kThreads>();
-        if ((int)threadIdx.x < M * S::kRows) { // one output each
-            const Block rows = block_at(a, strip / kStrips);
-            const Linear4Part &out = a.part[rows.part];
-            const int m = threadIdx.x / S::kRows, n = rows.row + strip % kStrips * S::kRows + threadIdx.x % S::kRows;
-            if (n < out.N) {
-                const float residual = a.residual ? a.residual[m * a.ldr + n] : 0.0f;
-                float v = out.bias ? out.bias[n] : 0.0f;
-#pragma unroll
-                for (int w = 0; w < S::kWarps; ++w) v += partial[w * M * S::kRows + threadIdx.x];
-                store_y(out.y, m * out.ldy + n, activate(v, a.act) + residual, a.y_f32);
-            }
-        }
-        if (strip + 1 < end) consumer_sync<S::kThreads>(); // before partial is written again
+        if (S::kMeetOnce) continue;
+        finish(band, 1);
+        if (band + 1 < bands) consumer_sync<S::kThreads>(); // before partial is written again
     }
+    if (S::kMeetOnce) finish(0, bands);
 #endif
 }
 
 // ---- linear4_wgmma --------------------------------------------------------------------------------------------------
 
-// kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K.
-// kMulticast: the blocks of a cluster of two take different rows of W and the same x, each fetching half of it;
-// else the blocks of a cluster split K.
-template <int kN, int kRows, int kSplit, bool kMulticast> struct Wgmma {
+// kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
+// split over the blocks of a cluster before.
+template <int kN, int kRows, int kSplit> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4, kThreads = kWarps * 32 + (kN == 256 ? 128 : 32);
     static constexpr int kStageX = kSplit * kN * kGroup * 2;         // f16 [kSplit][kN][64], 128-byte swizzle
     static constexpr int kStageW = kRows * kSplit * kTileBytes;      // tiles [kRows][kSplit]
@@ -1481,11 +1573,11 @@ template <int kN, int kRows, int kSplit, bool kMulticast> struct Wgmma {
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
-template <int kN, int kRows, int kSplit, bool kMulticast>
+template <int kN, int kRows, int kSplit>
 __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 1)
     linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ CUtensorMap x_map, int n_blocks) {
 #ifdef BNB__HOPPER
-    using S = Wgmma<kN, kRows, kSplit, kMulticast>;
+    using S = Wgmma<kN, kRows, kSplit>;
     extern __shared__ __align__(1024) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int rank = cluster_rank(), ranks = cluster_size();
@@ -1493,24 +1585,21 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
     // A step is kSplit groups of 64 columns. Tiles of y with the same rows of W follow each other, so that W is read
     // from memory once.
     const int groups = a.K / kGroup, all_steps = ceil_div(groups, kSplit);
-    const int step0 = kMulticast ? 0 : all_steps * rank / ranks;
-    const int step1 = kMulticast ? all_steps : all_steps * (rank + 1) / ranks;
-    const int m_tiles = ceil_div(a.M, kN), peers = kMulticast ? ranks : 1;
-    const int n_tiles = ceil_div(n_blocks, kRows * peers) * m_tiles;
+    const int step0 = all_steps * rank / ranks, step1 = all_steps * (rank + 1) / ranks;
+    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows) * m_tiles;
     const int tile0 = blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
-    auto first_block = [&](int tile) { return (tile / m_tiles * peers + (kMulticast ? rank : 0)) * kRows; };
+    auto first_block = [&](int tile) { return tile / m_tiles * kRows; };
 
     const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, S::kWarps * peers);
+            barrier_init(empty + i * 8, S::kWarps);
         }
         barrier_init_fence();
     }
-    if (kMulticast) cluster_sync();
-    else __syncthreads();
+    __syncthreads();
     launch_dependents();
 
     int stage = 0;
@@ -1548,30 +1637,22 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                     for (int i = 0; i < kSplit; ++i) { // columns past K and rows past M arrive as zeros
                         const uint32_t to = x_stages + stage * S::kStageX + i * (kN * kGroup * 2);
                         const int k = (step * kSplit + i) * kGroup;
-                        if (kMulticast)
-                            tensor_copy(to + rank * (kN / 2 * kGroup * 2), &x_map, k, m + rank * (kN / 2),
-                                        full + stage * 8, 3);
-                        else tensor_copy(to, &x_map, k, m, full + stage * 8);
+                        tensor_copy(to, &x_map, k, m, full + stage * 8);
                     }
                 }
             }
         }
-        if (kMulticast) cluster_sync(); // the other block's copies into this one's memory are done
         return;
     }
 
     const int g = lane / 4, t = lane % 4, row_warp = warp % (kRows * 4), split = warp / (kRows * 4);
     constexpr int kThreads = S::kWarps * 32;
     if (kN == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    for (int i = threadIdx.x; i < 512; i += kThreads) fill_table(shared + S::kTable, a.map, i);
+    for (int i = threadIdx.x; i < 512; i += kThreads) fill_table<128>(shared + S::kTable, a.map, i);
     wait_for_prior_kernel();
     consumer_sync<kThreads>();
 
     float acc[kN / 2]; // rows row_warp * 16 + g (+ 8) of W, rows 8 i + 2 t (+ 1) of x
-    auto release = [&](int stage) {
-        if (kMulticast && lane < ranks) barrier_arrive(empty + stage * 8, lane);
-        else if (!kMulticast && lane == 0) barrier_arrive(empty + stage * 8);
-    };
     for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
         const int block = first_block(tile);
         const float *row_scale = block_at(a, min(block + row_warp / 4, n_blocks - 1)).row_scale;
@@ -1582,7 +1663,7 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
             barrier_wait(full + stage * 8, parity);
             const char *unit = shared + S::kUnits + stage * S::kStageW +
                                (row_warp / 4 * kSplit + split) * kTileBytes + row_warp % 4 * kUnitBytes;
-            decode(*(const uint4 *)(unit + lane * 16), shared + S::kTable, lane * 4, f);
+            decode<128>(*(const uint4 *)(unit + lane * 16), shared + S::kTable, lane * 4, f);
             float2 absmax = *(const float2 *)(unit + kCodeBytes + g * 8);
             if (kSplit > 1 && step * kSplit + split >= groups) absmax = make_float2(0, 0); // past K: x is zero
             const __half2 scale0 = __float2half2_rn(absmax.x * inverse0);
@@ -1614,7 +1695,7 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                 advance();
                 if (step + i + 1 < step1) fetch(f[i ^ 1], step + i + 1);
                 wgmma_wait<0>();
-                release(running);
+                if (lane == 0) barrier_arrive(empty + running * 8);
             }
         }
         // y: the fragments go through shared memory, kChunk rows of x at a time, so that rows of y are written whole.
@@ -1629,7 +1710,7 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
         float bias[4] = {};
         for (int j = 0; j < n_valid; ++j) bias[j] = out.bias ? out.bias[n + j] : 0.0f;
         auto sync = [&] {
-            if (!kMulticast && ranks > 1) cluster_sync();
+            if (ranks > 1) cluster_sync();
             else consumer_sync<kThreads>();
         };
 #pragma unroll
@@ -1640,17 +1721,16 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                 partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch + row_warp * 16 + g + (i & 2) * 4] =
                     acc[c / 2 + i];
             sync();
-            const int share = kMulticast ? 0 : rank, shares = kMulticast ? 1 : ranks;
-            for (int i = threadIdx.x / kQuads + share * (kThreads / kQuads); i < S::kChunk;
-                 i += shares * (kThreads / kQuads)) {
+            for (int i = threadIdx.x / kQuads + rank * (kThreads / kQuads); i < S::kChunk;
+                 i += ranks * (kThreads / kQuads)) {
                 const int m = tile % m_tiles * kN + c + i;
                 if (m >= a.M) break;
                 float v[4] = {};
-                for (int r = 0; r < shares; ++r)
+                for (int r = 0; r < ranks; ++r)
 #pragma unroll
                     for (int k = 0; k < kSplit; ++k) {
                         const float *from = partial + (k * S::kChunk + i) * S::kPitch + quad * 4;
-                        const float4 q = shares > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
+                        const float4 q = ranks > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
                         v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
                     }
                 v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
@@ -1672,7 +1752,6 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
             sync();
         }
     }
-    if (kMulticast) cluster_sync();
 #endif
 }
 
@@ -1723,11 +1802,13 @@ __global__ void __launch_bounds__(288, 1)
         return;
     }
 
+    const NormWeights early = norm_weights(a, threadIdx.x * 8);
     wait_for_prior_kernel();
     __half *x = (__half *)(tail + S::kTail); // [M][pitch], zeros past K
     for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
         x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
-    stage_x<S::kThreads>(a, x, pitch, (float *)(tail + S::kMaxStages * 16));
+    stage_x<S::kThreads>(a, early, (float *)(tail + S::kMaxStages * 16),
+                         [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
     consumer_sync<S::kThreads>();
 
     const int w_row = warp * 16 + lane % 16; // of ldmatrix, as w_chunk of 16 bytes in its swizzled place
@@ -1764,37 +1845,32 @@ __global__ void __launch_bounds__(288, 1)
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 struct SmallKernel {
-    int cols, units, stages, blocks;
+    int cols, units, groups;
     void (*kernel)(Linear4, int, int);
-    int (*shared_bytes)(int M, int K);
+    int (*shared_bytes)(int M, int K, int bands);
 };
-template <int kCols, int kUnits, int kStages, int kBlocks> constexpr SmallKernel small_kernel() {
-    return {kCols, kUnits, kStages, kBlocks, linear4_small<kCols, kUnits, kStages, kBlocks>,
-            Small<kCols, kUnits, kStages>::shared_bytes};
+template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel() {
+    return {kCols, kUnits, kGroups, linear4_small<kCols, kUnits, kGroups>, Small<kCols, kUnits, kGroups>::shared_bytes};
 }
 
 struct WgmmaKernel {
     int n, rows, split;
-    bool multicast;
     int threads, shared;
     void (*kernel)(Linear4, CUtensorMap, int);
 };
-template <int kN, int kRows, int kSplit, bool kMulticast = false> constexpr WgmmaKernel wgmma_kernel() {
-    using S = Wgmma<kN, kRows, kSplit, kMulticast>;
-    return {kN, kRows, kSplit, kMulticast, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit, kMulticast>};
+template <int kN, int kRows, int kSplit> constexpr WgmmaKernel wgmma_kernel() {
+    using S = Wgmma<kN, kRows, kSplit>;
+    return {kN, kRows, kSplit, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit>};
 }
 
 const SmallKernel kSmallKernels[] = {
-    small_kernel<1, 1, 6, 1>(), small_kernel<1, 2, 4, 1>(), small_kernel<1, 4, 2, 1>(), small_kernel<1, 4, 3, 1>(),
-    small_kernel<1, 1, 4, 2>(), small_kernel<1, 2, 3, 2>(), small_kernel<8, 1, 6, 1>(), small_kernel<8, 2, 4, 1>(),
-    small_kernel<8, 4, 2, 1>(), small_kernel<16, 1, 4, 1>(), small_kernel<16, 2, 2, 1>(),
+    small_kernel<1, 4, 1>(), small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),  small_kernel<8, 4, 1>(),
+    small_kernel<8, 2, 1>(), small_kernel<8, 1, 2>(), small_kernel<16, 1, 1>(),
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4>(), wgmma_kernel<16, 2, 2>(), wgmma_kernel<16, 4, 1>(),  wgmma_kernel<32, 1, 4>(),
-    wgmma_kernel<32, 2, 2>(), wgmma_kernel<32, 4, 1>(), wgmma_kernel<64, 2, 2>(),  wgmma_kernel<64, 4, 1>(),
-    wgmma_kernel<128, 2, 1>(), wgmma_kernel<128, 2, 1, true>(), wgmma_kernel<256, 2, 1>(),
-    wgmma_kernel<256, 2, 1, true>(),
+    wgmma_kernel<16, 1, 4>(), wgmma_kernel<16, 2, 2>(), wgmma_kernel<32, 1, 4>(),  wgmma_kernel<32, 2, 2>(),
+    wgmma_kernel<64, 2, 2>(), wgmma_kernel<128, 2, 1>(), wgmma_kernel<256, 2, 1>(),
 };
 
 template <class F> cudaError_t allow_shared(F *kernel) {
@@ -1858,36 +1934,46 @@ cudaError_t make_map(CUtensorMap *map, const void *matrix, int rows, int columns
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-// per_sm: blocks of the grid per multiprocessor.
-cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &k, int per_sm, bool pdl) {
-    const int strips = total_blocks(a) * (kBlockUnits / k.units), blocks = std::min(a.n_sm * per_sm, strips);
-    return launch(stream, k.kernel, blocks, 512, k.shared_bytes(a.M, a.K), 1, pdl, a, strips / blocks, strips % blocks);
+struct SmallGrid {
+    int bands, blocks, shared;
+};
+
+// One block per multiprocessor, more where a block would have more than 1024 rows of W: its sums must fit.
+SmallGrid grid_on(const Linear4 &a, const SmallKernel &k) {
+    const int bands = total_blocks(a) * (kBlockUnits / k.units);
+    const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, 1024 / (k.units * kUnitRows)));
+    return {bands, blocks, k.shared_bytes(a.M, a.K, ceil_div(bands, blocks))};
 }
 
-// cluster: blocks that split K, 1 with multicast.
+cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &k, bool pdl) {
+    const SmallGrid g = grid_on(a, k);
+    return launch(stream, k.kernel, g.blocks, 512, g.shared, 1, pdl, a, g.bands / g.blocks, g.bands % g.blocks);
+}
+
+// cluster: blocks that split K.
 cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
     CUtensorMap x_map;
-    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.multicast ? k.n / 2 : k.n);
+    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.n);
     if (err != cudaSuccess) return err;
-    if (k.multicast) cluster = 2;
     const int n_blocks = total_blocks(a);
-    const int tiles = ceil_div(n_blocks, k.rows * (k.multicast ? 2 : 1)) * ceil_div(a.M, k.n);
+    const int tiles = ceil_div(n_blocks, k.rows) * ceil_div(a.M, k.n);
     // Blocks that split K take one tile; others stay and take one after the other.
-    const int clusters = cluster > 1 && !k.multicast ? tiles : std::min(tiles, a.n_sm / cluster);
+    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm / cluster);
     return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, x_map, n_blocks);
 }
 
 // The choice of a kernel: the least estimated time of the busiest multiprocessor, in cycles. Only the proportions of
-// the constants matter.
+// the constants matter; they were fitted to measurements.
 const SmallKernel *plan_small(const Linear4 &a) {
+    const int cols = a.M == 1 && a.K <= kNormMax ? 1 : a.M <= 8 ? 8 : 16;
     const SmallKernel *best = nullptr;
     int best_cycles = 0;
     for (const SmallKernel &k : kSmallKernels) {
-        if (a.M > k.cols || (k.cols == 1) != (a.M == 1) || a.M * k.units * kUnitRows > 512) continue;
-        if (k.cols == 16 && a.M <= 8) continue;
-        if (k.shared_bytes(a.M, a.K) > kMaxShared) continue;
-        const int strips = ceil_div(total_blocks(a) * (kBlockUnits / k.units), a.n_sm);
-        const int cycles = strips * (ceil_div(a.K / kGroup, 16) * (480 * k.units + 300) + 1000);
+        const SmallGrid g = grid_on(a, k);
+        if (k.cols != cols || g.shared > kMaxShared) continue;
+        const int bands = ceil_div(g.bands, a.n_sm), chunks = ceil_div(a.K / kGroup, k.groups);
+        const int cycles = cols == 1 ? ceil_div(bands * chunks, 16) * (800 + 400 * k.groups)
+                                     : bands * (ceil_div(chunks, 16) * (300 + 480 * k.units * k.groups) + 3000);
         if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
     }
     return best;
@@ -1898,13 +1984,14 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     const WgmmaKernel *best = nullptr;
     long best_cycles = 0;
     for (const WgmmaKernel &k : kWgmmaKernels)
-        for (int split = 1; split <= (k.multicast ? 1 : 8); split *= 2) {
-            const int peers = k.multicast ? 2 : 1, steps = ceil_div(a.K / kGroup, k.split);
-            const int tiles = ceil_div(total_blocks(a), k.rows * peers) * peers * ceil_div(a.M, k.n);
-            if (split > steps || (split > 1 && tiles * split > a.n_sm)) continue;
+        for (int split = 1; split <= 8; split *= 2) {
+            const int steps = ceil_div(a.K / kGroup, k.split);
+            const int tiles = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n);
+            // Clusters of 4 and 8 find room on ten of eleven multiprocessors.
+            if (split > steps || (split > 1 && tiles * split > (split > 2 ? a.n_sm * 10 / 11 : a.n_sm))) continue;
             const long step = k.n < 128 ? 600 + 2 * k.n : 100 + 4 * k.n; // decoding by 16 warps, or the tensor cores
             const long cycles = ceil_div(tiles * split, a.n_sm) * (ceil_div(steps, split) * step + 20 * k.n + 2000) +
-                                (split > 1 ? 1500 : 0);
+                                (split > 1 ? 1300 * split - 1000 : 0);
             if (!best || cycles < best_cycles) best = &k, best_cycles = cycles, *cluster = split;
         }
     return best;
@@ -1915,7 +2002,7 @@ cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
         return cudaErrorInvalidValue;
     if (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)) return cudaErrorInvalidValue;
     const SmallKernel *small = a.M <= 8 || a.x_f32 ? plan_small(a) : nullptr;
-    if (small) return run_small(stream, a, *small, 1, pdl);
+    if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
     int cluster = 1;
     const WgmmaKernel *k = plan_wgmma(a, &cluster);
@@ -3101,15 +3188,12 @@ struct Attention {
     void *y; /* [T, n_head * D], rows ldy elements apart */
     long ldy;
     int y_f32;     /* else f16 */
-    void *scratch; /* not used */
 };
 
 bool attention_fits(const Attention &a) {
     return !a.kv_f32 && a.D % 8 == 0 && a.D > 0 && a.D <= 256 && a.ldkv % 8 == 0 && a.n_head % a.n_head_kv == 0 &&
            (((uintptr_t)a.k | (uintptr_t)a.v) & 15) == 0;
 }
-
-size_t attention_scratch(const Attention &) { return 0; }
 
 /* Row t's span. One that does not lie in the cache counts as empty. */
 __device__ inline int2 attention_span(const Attention &a, int t) {
