@@ -54,16 +54,9 @@ struct dim3 {
     uint64_t count() const { return uint64_t{x} * y * z; }
 };
 
-struct uint2 {
-    unsigned x, y;
-};
 struct uint4 {
     unsigned x, y, z, w;
 };
-struct float4 {
-    float x, y, z, w;
-};
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emu {
 
