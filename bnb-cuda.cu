@@ -2,10 +2,14 @@
 //
 // Build: make CUDA=1, or: nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a -c bnb-cuda.cu, and bnb.c with
 //        -DBNB_CUDA. Needs the CUDA toolkit alone. bnb-hip.cpp defines the names of [CONF] for AMD and includes this file.
-// Parts: [CONF] names   [DEV] memory and errors   [DEVICE] what kernels share   [PLAIN] kernels that run on every GPU
-//        [PLAN] fusion and the choice of kernels   [RUN] captured graphs   [API] the table that bnb.c asks for
+// Parts: [CONF]  names and what the vendors do differently     [PLAN]    fusion, the choice of kernels
+//        [DEV]   memory, copies, errors                        [RUN]     captured graphs
+//        [DEVICE] what kernels share                           [WEIGHTS] layouts, upload, download
+//        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
+//        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
-//        No managed memory, no streams of its own beyond one, no device code that depends on the wave size.
+//        No managed memory, one stream, no device code that depends on the wave size. The tensor-core kernels need
+//        sm_90a; older NVIDIA GPUs run the plain ones, and so do AMD's.
 #ifndef GPU
 #include <cublasLt.h>
 #include <cuda.h>
@@ -810,9 +814,10 @@ __global__ void feed_kernel(Feeds f) {
 }
 
 #ifdef __CUDACC__
-/* ==== [TILE4] ==================================================================================================== */
+/* ==== [TILE4] ====================================================================================================
+ * linear with 4-bit and with f16 weights. Hopper's own instructions: code for other architectures has these kernels empty,
+ * and is never asked for them (has_hopper_code). */
 
-// Hopper's own instructions: code for other architectures has these kernels empty, and is never asked for them.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB__HOPPER
 #endif
@@ -1981,7 +1986,8 @@ cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
 
 } // namespace tile4
 
-/* ==== [TILE8] ==================================================================================================== */
+/* ==== [TILE8] ====================================================================================================
+ * LLM.int8() and attention. */
 
 namespace tile8 {
 
