@@ -4548,16 +4548,24 @@ void launch_feeds(const Compiled &plan, Queue &q) {
     if (f.n) q.launch(feed_kernel, dim3(1), dim3(THREADS), f);
 }
 
-// The addresses that a captured graph was made for: where tensors lie now.
-std::vector<const void *> addresses_of(const Compiled &plan, const char *scratch) {
-    std::vector<const void *> list = {scratch};
+// Where tensors lie now is where they lay when the graph was captured; if not, notes it and says no. Called for every
+// token: nothing is allocated but the first time.
+bool same_addresses(Compiled &plan, const char *scratch) {
+    size_t n = 0;
+    bool same = true;
+    auto visit = [&](const void *address) {
+        if (n == plan.addresses.size()) plan.addresses.push_back(nullptr);
+        same = same && plan.addresses[n] == address;
+        plan.addresses[n++] = address;
+    };
+    visit(scratch);
     for (int i = 0; i < bnb_graph_size(plan.graph); i++) {
         const bnb_tensor *t = bnb_graph_node(plan.graph, i);
-        list.push_back(t->plane[0]);
+        visit(t->plane[0]);
         for (const bnb_tensor *s : t->src)
-            if (s && s->op == BNB_OP_NONE) list.push_back(s->plane[0]);
+            if (s && s->op == BNB_OP_NONE) visit(s->plane[0]);
     }
-    return list;
+    return same;
 }
 
 bnb_status capture(Compiled &plan, Queue &q, char *scratch, bnb_error *err) {
@@ -4606,11 +4614,9 @@ bnb_status device_run(void *dev, void *compiled, void *scratch, double *times, b
     char *work = static_cast<char *>(scratch);
     try {
         if (times) return run_timed(plan, d.queue, work, times, err);
-        std::vector<const void *> now = addresses_of(plan, work);
-        if (!plan.exec || now != plan.addresses) {
+        const bool same = same_addresses(plan, work);
+        if (!plan.exec || !same)
             if (bnb_status s = capture(plan, d.queue, work, err)) return s;
-            plan.addresses = std::move(now);
-        }
     } catch (const std::bad_alloc &) {
         return bnb_fail(err, BNB_E_NOMEM, "out of memory for running a plan");
     }

@@ -651,6 +651,7 @@ public:
         for (size_t i = 0; i < last.size(); i++) {
             in.add(s, i, static_cast<int64_t>(s.sequences[i].size()), last[i]);
             steps.push_back(static_cast<int32_t>(s.sequences[i].size()) + 1);
+            s.sequences[i].reserve(s.sequences[i].size() + static_cast<size_t>(limit)); // nothing may fail once a cache is written
         }
         s.has_logits = false;
         bnb_status status = in.write(*step_, err);
@@ -664,7 +665,6 @@ public:
             if (!status) status = bnb_tensor_fetch_begin(step_->next, static_cast<int32_t>(begun_ % 2), err);
             if (status) return status;
         }
-        for (auto &sequence : s_->sequences) sequence.reserve(sequence.size() + 1);
         bnb_status status = bnb_tensor_fetch_end(step_->next, static_cast<int32_t>(ended_++ % 2), ids, err);
         for (size_t i = 0; i < fed_.size() && !status; i++) {
             s_->sequences[i].push_back(fed_[i]);
