@@ -2021,7 +2021,8 @@ static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)(
  *
  * Each element of y is summed over k in one fixed order that depends on the kernel only, never on threads or tiles.
  * Code for an instruction set sits in functions with a target attribute: this file needs no compiler flags. */
-#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11))
+#if defined(__x86_64__) && ((defined(__clang__) && __clang_major__ >= 12) || (!defined(__clang__) && __GNUC__ >= 11)) && \
+    !defined(BNB_FUZZ) /* fuzzers read files: instrumenting these takes minutes, and they never run */
 #include <immintrin.h> /* defines: __m512 and friends */
 #include <string.h>    /* defines: memcpy, memset */
 
