@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <unordered_map>
@@ -328,6 +329,9 @@ __device__ void put(const Rows &y, long t, long c, float v) {
     else reinterpret_cast<float *>(y.data)[t * y.ld + c] = v;
 }
 
+__device__ unsigned half_bits(float v) { return __half_as_ushort(__float2half_rn(v)); }
+__device__ unsigned two_halves(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+
 // Numbers of a plain type: f32, f16, bf16.
 struct Numbers {
     const void *data;
@@ -449,6 +453,36 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
+// The same for x in f32 and y in f16 with aligned rows of at most 4 THREADS PIECES columns, which are read once.
+template <int PIECES>
+__global__ void __launch_bounds__(THREADS) norm_rows_kernel(const float4 *x, long pitch, const float4 *w, const float4 *b, float eps, int layer, uint2 *y,
+                                                            long y_pitch, int C) {
+    wait_for_previous();
+    const long t = blockIdx.x;
+    float4 v[PIECES];
+    float sum = 0, square = 0;
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        v[i] = c < C / 4 ? x[t * pitch + c] : make_float4(0, 0, 0, 0);
+        sum += v[i].x + v[i].y + v[i].z + v[i].w;
+    }
+    const float mean = layer ? block_sum(sum) / C : 0;
+    for (int i = 0; i < PIECES; i++) {
+        if (i * THREADS + static_cast<int>(threadIdx.x) >= C / 4) continue;
+        v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
+        square += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+    }
+    const float scale = 1 / sqrtf(block_sum(square) / C + eps);
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        if (c >= C / 4) continue;
+        const float4 g = w ? w[c] : make_float4(1, 1, 1, 1), o = b ? b[c] : make_float4(0, 0, 0, 0);
+        // 8 bytes as one store: nvcc 13.0 makes wrong code of memcpy from __half [4], the low byte of each is lost
+        y[t * y_pitch + c] = make_uint2(two_halves(v[i].x * scale * g.x + o.x, v[i].y * scale * g.y + o.y),
+                                        two_halves(v[i].z * scale * g.z + o.z, v[i].w * scale * g.w + o.w));
+    }
+}
+
 // y = op(a, b) or op(a); b: like a, or one row for all
 __global__ void pointwise_kernel(int op, Rows a, Rows b, Numbers row, float factor, Rows y, int C) {
     wait_for_previous();
@@ -487,6 +521,20 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
     if (c >= C) return;
     put(cache, r, c, get(x, t, c));
     if (x2.data) put(cache2, r, c, get(x2, t, c));
+}
+
+// The same for f16 to f16 with aligned rows: n pieces of 16 bytes each.
+__global__ void copy_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const int *rows, int R, int n, int *fault, int node) {
+    wait_for_previous();
+    const long t = blockIdx.y;
+    const int i = blockIdx.x * THREADS + threadIdx.x, r = rows[t];
+    if (r < 0 || r >= R) {
+        *fault = node + 1;
+        return;
+    }
+    if (i >= n) return;
+    reinterpret_cast<uint4 *>(cache.data)[r * (cache.ld / 8) + i] = reinterpret_cast<const uint4 *>(x.data)[t * (x.ld / 8) + i];
+    if (x2.data) reinterpret_cast<uint4 *>(cache2.data)[r * (cache2.ld / 8) + i] = reinterpret_cast<const uint4 *>(x2.data)[t * (x2.ld / 8) + i];
 }
 
 // A group of 32 lanes makes y[m0 .. m0 + 8, n] for one n.
@@ -3876,11 +3924,28 @@ void run_embed(Launch &l, const Step &s) {
                l.plan.device->fault, l.node());
 }
 
+bool aligned16(std::initializer_list<const void *> list) {
+    uintptr_t all = 0;
+    for (const void *p : list) all |= reinterpret_cast<uintptr_t>(p);
+    return all % 16 == 0;
+}
+
 void run_norm(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
-    const unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
-    l.q.launch(norm_kernel, dim3(static_cast<unsigned>(y->shape[0])), dim3(threads), l.rows(y->src[0]), l.numbers(y->src[1]), l.numbers(y->src[2]),
-               y->params.norm.eps, y->op == BNB_OP_LAYER_NORM, l.rows(y), static_cast<int>(y->shape[1]));
+    const Rows x = l.rows(y->src[0]), out = l.rows(y);
+    const Numbers w = l.numbers(y->src[1]), b = l.numbers(y->src[2]);
+    const int C = static_cast<int>(y->shape[1]), layer = y->op == BNB_OP_LAYER_NORM, pieces = (C + 4 * THREADS - 1) / (4 * THREADS);
+    const dim3 grid(static_cast<unsigned>(y->shape[0]));
+    const bool fast = !x.f16 && out.f16 && C % 4 == 0 && x.ld % 4 == 0 && out.ld % 4 == 0 && pieces <= 16 && (!w.data || w.type == BNB_F32) &&
+                      (!b.data || b.type == BNB_F32) && aligned16({x.data, out.data, w.data, b.data});
+    if (!fast) {
+        const unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
+        l.q.launch(norm_kernel, grid, dim3(threads), x, w, b, y->params.norm.eps, layer, out, C);
+        return;
+    }
+    auto kernel = pieces <= 1 ? norm_rows_kernel<1> : pieces <= 2 ? norm_rows_kernel<2> : pieces <= 4 ? norm_rows_kernel<4> : pieces <= 8 ? norm_rows_kernel<8> : norm_rows_kernel<16>;
+    l.q.launch(kernel, grid, dim3(THREADS), reinterpret_cast<const float4 *>(x.data), x.ld / 4, static_cast<const float4 *>(w.data), static_cast<const float4 *>(b.data),
+               y->params.norm.eps, layer, reinterpret_cast<uint2 *>(out.data), out.ld / 4, C);
 }
 
 void run_pointwise(Launch &l, const Step &s) {
@@ -3918,7 +3983,10 @@ void run_set_rows(Launch &l, const Step &s) {
     const int *rows = static_cast<const int *>(a->src[2]->plane[0]);
     const int R = static_cast<int>(a->shape[0]), C = static_cast<int>(a->shape[1]);
     const unsigned T = static_cast<unsigned>(a->src[1]->shape[0]);
-    l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C, l.plan.device->fault, l.node());
+    const bool fast = C % 8 == 0 && x.f16 && cache.f16 && (!b || (x2.f16 && cache2.f16)) && (x.ld | cache.ld | x2.ld | cache2.ld) % 8 == 0 &&
+                      aligned16({x.data, cache.data, x2.data, cache2.data});
+    if (fast) l.q.launch(copy_rows_kernel, dim3(blocks(C / 8, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C / 8, l.plan.device->fault, l.node());
+    else l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C, l.plan.device->fault, l.node());
 }
 
 void run_linear(Launch &l, const Step &s) {
