@@ -8,8 +8,8 @@
 //        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
 //        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
-//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels: all for sm_90a;
-//        from sm_80 on, and on what is newer, those for 4-bit and f16 weights; other GPUs run the plain ones.
+//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_90a;
+//        those for 4-bit and f16 weights are there for any NVIDIA GPU from sm_80 on, too. The rest are plain kernels.
 #ifndef GPU
 #include <cublasLt.h>
 #include <cuda.h>
@@ -170,9 +170,9 @@ struct Device {
     uint64_t bytes = 0, bytes_peak = 0;  // allocated on the device
     struct DenseLibrary *dense = nullptr;
     int n_sm = 0, major = 0, minor = 0;
-    int max_shared = 0;  // bytes of shared memory that a block may have
-    bool tiles = false;  // has tensor-core kernels for 4-bit and f16 weights
-    bool hopper = false; // they and those for int8 and attention are there in Hopper's own instructions
+    int max_shared = 0; // bytes of shared memory that a block may have
+    bool tiles = false; // Hopper's code runs here: the kernels of [TILE4] and those after it
+    bool mma = false;   // mma.sync, ldmatrix, cp.async: sm_80 and later, with code for it
     char description[128] = "";
 };
 
@@ -818,12 +818,16 @@ __global__ void feed_kernel(Feeds f) {
 #ifdef __CUDACC__
 /* ==== [TILE4] ====================================================================================================
  * linear with 4-bit and with f16 weights, once in Hopper's own instructions and once in those that every GPU has from
- * sm_80 on. A kernel is empty in code for which it is not meant, and is never asked for there (code_version). */
+ * sm_80 on. Code for other architectures has these kernels empty, and is never asked for them (code_of). */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define BNB__HOPPER // wgmma, bulk copies, clusters
-#elif __CUDA_ARCH__ >= 800
-#define BNB__AMPERE // mma.sync, cp.async
+#define BNB__HOPPER
+#endif
+#if __CUDA_ARCH__ >= 800 // mma.sync, ldmatrix, cp.async
+#define BNB__MMA
+#endif
+#if defined(__CUDA_ARCH__) && !defined(BNB__HOPPER)
+#pragma nv_diag_suppress 177 // "never referenced": what empty kernels would call
 #endif
 
 namespace tile4 {
@@ -1329,8 +1333,8 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
 }
 
 // y[m][n .. n + 4] = act(v * scale + bias) + residual, of which the first n_valid exist.
-__device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out, int m, int n, int n_valid, float (&v)[4],
-                                       const float4 &scale, const float (&bias)[4]) {
+__device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out, int m, int n, int n_valid,
+                                       float (&v)[4], const float4 &scale, const float (&bias)[4]) {
     v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
@@ -1393,7 +1397,7 @@ __device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, 
 template <int kCols, int kUnits, int kGroups>
 __global__ void __launch_bounds__(512, 1)
     linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
-#if defined(BNB__HOPPER) || defined(BNB__AMPERE)
+#ifdef BNB__MMA
     using S = Small<kCols, kUnits, kGroups>;
     constexpr int kBlockBands = kBlockUnits / kUnits; // of a block of 64 rows
     extern __shared__ __align__(1024) char shared[];
@@ -1441,8 +1445,12 @@ __global__ void __launch_bounds__(512, 1)
         const int n = ahead_band < bands ? min(kGroups, groups - ahead * kGroups) : 0;
 #pragma unroll
         for (int i = 0; i < kGroups; ++i)
-            for (int at = lane * 16; i < n && at < kUnits * kUnitBytes; at += 32 * 16)
-                copy16(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes + at, from + i * kTileBytes + at);
+#pragma unroll
+            for (int j = 0; j < ceil_div(kUnits * kUnitBytes, 512); ++j) {
+                const int at = j * 512 + lane * 16;
+                if (i < n && at < kUnits * kUnitBytes)
+                    copy16(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes + at, from + i * kTileBytes + at);
+            }
         commit_copies();
         if (n == 0) return;
 #endif
@@ -1778,67 +1786,85 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
 // that share units split K.
 template <int kN, int kUnits, int kRowWarps, int kStages> struct Mma {
     static constexpr int kWarps = 8, kThreads = kWarps * 32, kSplit = kWarps / kRowWarps;
+    static_assert(kStages >= 3, "a step is multiplied, one is decoded, one is copied");
     static constexpr int kAllUnits = kRowWarps * kUnits, kRows = kAllUnits * kUnitRows;
     static constexpr int kStrip = kAllUnits < kBlockUnits ? kAllUnits : kBlockUnits; // units of a tile
-    static constexpr int kBlocks = kAllUnits / kStrip;        // blocks of 64 rows that they are of
-    static constexpr int kStripBytes = kStrip * kUnitBytes;
-    static constexpr int kStageX = kSplit * kN * kGroup * 2;     // f16 [kSplit][kN][64], 128-byte swizzle
+    static constexpr int kStripBytes = kStrip * kUnitBytes, kStripPieces = kStripBytes / 16;
+    static constexpr int kBlocks = kAllUnits / kStrip;             // blocks of 64 rows that the units are of
+    static constexpr int kStageX = kSplit * kN * kGroup * 2;       // f16 [kSplit][kN][64], 128-byte swizzle
     static constexpr int kStageW = kSplit * kBlocks * kStripBytes; // units [kBlocks][kSplit][kStrip]
-    static constexpr int kChunk = kN < 32 ? kN : 32;             // columns of y that are written together
-    static constexpr int kPitch = kRows + 4;                     // conflict-free for the accumulator fragments
+    // A thread's copies of 16 bytes for a step: of x, and of W for each of the blocks.
+    static constexpr int kCopiesX = kStageX / (16 * kThreads), kCopiesW = ceil_div(kSplit * kStripPieces, kThreads);
+    static constexpr int kChunk = kN < 32 ? kN : 32; // columns of y that are written together
+    static constexpr int kPitch = kRows + 4;         // conflict-free for the accumulator fragments
     static constexpr int kPartialBytes = kSplit * kChunk * kPitch * 4; // f32 [kSplit][kChunk][kPitch], over the ring
     static constexpr int kX = kTableBytes, kW = kX + kStages * kStageX, kEnd = kW + kStages * kStageW;
     static constexpr int kShared = kEnd > kX + kPartialBytes ? kEnd : kX + kPartialBytes;
-    // Two blocks per multiprocessor where the accumulators allow it: one decodes while the other multiplies.
-    static constexpr int kPerSm = kN * kUnits <= 64 ? 2 : 1;
+    // Two blocks per multiprocessor where they fit an A100's 164 KiB: one decodes while the other multiplies.
+    static constexpr int kPerSm = kShared <= 81 * 1024 ? 2 : 1;
 };
 
 template <int kN, int kUnits, int kRowWarps, int kStages>
-__global__ void __launch_bounds__(Mma<kN, kUnits, kRowWarps, kStages>::kThreads, Mma<kN, kUnits, kRowWarps, kStages>::kPerSm)
+__global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPerSm)
     linear4_mma(const __grid_constant__ Linear4 a, int n_blocks) {
-#ifdef BNB__AMPERE
+#ifdef BNB__MMA
     using S = Mma<kN, kUnits, kRowWarps, kStages>;
     extern __shared__ __align__(1024) char shared[];
+    constexpr int kSplit = S::kSplit;
     const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int row_warp = warp % kRowWarps, split = warp / kRowWarps;
 
     // A step is kSplit groups of 64 columns. Blocks with the same rows of W follow each other, so that W is read from
     // memory once.
-    const int groups = a.K / kGroup, steps = ceil_div(groups, S::kSplit), m_tiles = ceil_div(a.M, kN);
+    const int groups = a.K / kGroup, steps = ceil_div(groups, kSplit), m_tiles = ceil_div(a.M, kN);
     const int m0 = blockIdx.x % m_tiles * kN, unit0 = blockIdx.x / m_tiles * S::kAllUnits;
     auto block_of = [&](int unit) { return min((unit0 + unit) / kBlockUnits, n_blocks - 1); };
 
     launch_dependents();
     wait_for_prior_kernel();
 
-    const char *strips[S::kBlocks]; // the units of the first group
+    // What a thread copies for each step: of x the same 16 bytes of rows that are 32 apart, or with kN == 16 of a row in
+    // every other group; of W what lies kThreads pieces apart in the ring.
+    const int line = thread / 8, row = line % kN, piece = thread % 8; // line: of the first 32 of [kSplit][kN]
+    const __half *x_from = (const __half *)a.x + (m0 + row) * a.ldx + line / kN * kGroup + piece * 8;
+    const int x_to = S::kX + line * 128 + ((piece ^ row) & 7) * 16;
+    const char *w_from[S::kBlocks]; // the first group's units
 #pragma unroll
-    for (int i = 0; i < S::kBlocks; ++i)
-        strips[i] = block_at(a, block_of(i * kBlockUnits)).tiles + unit0 % kBlockUnits * kUnitBytes;
-    auto copy_step = [&](int step) {
-        const int stage = step % kStages, left = groups - step * S::kSplit; // groups
-        char *x = shared + S::kX + stage * S::kStageX, *w = shared + S::kW + stage * S::kStageW;
+    for (int b = 0; b < S::kBlocks; ++b)
+        w_from[b] = block_at(a, block_of(b * kBlockUnits)).tiles + unit0 % kBlockUnits * kUnitBytes;
+    int w_at[S::kCopiesW];
+#pragma unroll
+    for (int i = 0; i < S::kCopiesW; ++i) {
+        const int p = thread + i * S::kThreads;
+        w_at[i] = p / S::kStripPieces * kTileBytes + p % S::kStripPieces * 16;
+    }
+    int left = groups, free_stage = 0; // what the next copies begin with, and where they go
+    auto copy_step = [&] {
         if (left > 0) {
 #pragma unroll
-            for (int i = thread; i < S::kSplit * kN * 8; i += S::kThreads) { // columns past K and rows past M: zeros
-                const int piece = i % 8, row = i / 8 % kN, group = i / 8 / kN;
-                const bool valid = m0 + row < a.M && group < left;
-                const __half *from = (const __half *)a.x + (m0 + row) * a.ldx + (step * S::kSplit + group) * kGroup;
-                copy16(x + i / 8 * 128 + ((piece ^ row) & 7) * 16, valid ? from + piece * 8 : a.x, valid);
+            for (int i = 0; i < S::kCopiesX; ++i) { // columns past K and rows past M: zeros
+                const int rows = i * 32 % kN, group = i * 32 / kN;
+                const bool valid = m0 + row + rows < a.M && line / kN + group < left;
+                const __half *from = x_from + rows * a.ldx + group * kGroup;
+                copy16(shared + x_to + free_stage * S::kStageX + i * 32 * 128, valid ? from : a.x, valid);
             }
 #pragma unroll
             for (int b = 0; b < S::kBlocks; ++b)
 #pragma unroll
-                for (int i = thread; i < S::kSplit * S::kStripBytes / 16; i += S::kThreads) {
-                    const int group = i / (S::kStripBytes / 16), at = i % (S::kStripBytes / 16) * 16;
-                    if (group < left)
-                        copy16(w + b * S::kSplit * S::kStripBytes + i * 16,
-                               strips[b] + (size_t)(step * S::kSplit + group) * kTileBytes + at);
+                for (int i = 0; i < S::kCopiesW; ++i) {
+                    const int p = thread + i * S::kThreads;
+                    if (p < kSplit * S::kStripPieces && w_at[i] < left * kTileBytes)
+                        copy16(shared + S::kW + free_stage * S::kStageW + (b * kSplit * S::kStripPieces + p) * 16,
+                               w_from[b] + w_at[i]);
                 }
         }
         commit_copies(); // if of nothing: a step is a group
+        x_from += kSplit * kGroup, left -= kSplit;
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) w_from[b] += kSplit * kTileBytes;
+        if (++free_stage == kStages) free_stage = 0;
     };
-    for (int i = 0; i < kStages - 1; ++i) copy_step(i);
+    for (int i = 0; i < kStages - 1; ++i) copy_step();
     for (int i = thread; i < 512; i += S::kThreads) fill_table<128>(shared, a.map, i);
 
     float inverse[kUnits][2]; // of the scales of rows g and g + 8
@@ -1848,15 +1874,16 @@ __global__ void __launch_bounds__(Mma<kN, kUnits, kRowWarps, kStages>::kThreads,
         const float *scale = block_at(a, block_of(unit)).row_scale + (unit0 + unit) % kBlockUnits * kUnitRows + g;
         inverse[u][0] = 1.0f / scale[0], inverse[u][1] = 1.0f / scale[8];
     }
-    auto fetch = [&](uint32_t(&f)[kUnits][16], int step) { // decodes the weights of a step
+    int fetched = split, w_stage = 0; // the group and the stage that fetch comes to
+    auto fetch = [&](uint32_t(&f)[kUnits][16]) { // decodes the weights of a step
 #pragma unroll
         for (int u = 0; u < kUnits; ++u) {
             const int unit = row_warp * kUnits + u;
-            const char *from = shared + S::kW + step % kStages * S::kStageW +
-                               (unit / S::kStrip * S::kSplit + split) * S::kStripBytes + unit % S::kStrip * kUnitBytes;
+            const char *from = shared + S::kW + w_stage * S::kStageW +
+                               (unit / S::kStrip * kSplit + split) * S::kStripBytes + unit % S::kStrip * kUnitBytes;
             decode<128>(*(const uint4 *)(from + lane * 16), shared, lane * 4, f[u]);
             float2 absmax = *(const float2 *)(from + kCodeBytes + g * 8);
-            if (S::kSplit > 1 && step * S::kSplit + split >= groups) absmax = make_float2(0, 0); // past K: x is zero
+            if (kSplit > 1 && fetched >= groups) absmax = make_float2(0, 0); // past K: x is zero
             const __half2 scale0 = __float2half2_rn(absmax.x * inverse[u][0]);
             const __half2 scale8 = __float2half2_rn(absmax.y * inverse[u][1]);
 #pragma unroll
@@ -1865,11 +1892,14 @@ __global__ void __launch_bounds__(Mma<kN, kUnits, kRowWarps, kStages>::kThreads,
                 f[u][i] = *(const uint32_t *)&v;
             }
         }
+        fetched += kSplit;
+        if (++w_stage == kStages) w_stage = 0;
     };
     float acc[kUnits][kN / 8][4] = {}; // rows g (+ 8) of the units, rows 8 n + 2 t (+ 1) of x
-    auto multiply = [&](const uint32_t(&f)[kUnits][16], int step) {
+    int x_stage = 0;
+    auto multiply = [&](const uint32_t(&f)[kUnits][16]) {
         constexpr int kBatch = kN / 8 < 4 ? kN / 8 : 4; // tiles of 8 rows of x whose fragments are loaded together
-        const uint32_t x = shared_address(shared + S::kX) + step % kStages * S::kStageX + split * (kN * kGroup * 2) +
+        const uint32_t x = shared_address(shared + S::kX) + x_stage * S::kStageX + split * (kN * kGroup * 2) +
                            lane % 8 * 128;
 #pragma unroll
         for (int half = 0; half < 2; ++half) // of the 64 columns
@@ -1887,21 +1917,22 @@ __global__ void __launch_bounds__(Mma<kN, kUnits, kRowWarps, kStages>::kThreads,
                         for (int u = 0; u < kUnits; ++u)
                             mma(acc[u][n + i], f[u] + 4 * (2 * half + s), b[i][2 * s], b[i][2 * s + 1]);
             }
+        if (++x_stage == kStages) x_stage = 0;
     };
     // The next step is decoded while the tensor cores run.
     uint32_t f[2][kUnits][16];
     wait_copies<kStages - 2>(); // of the kStages - 1 steps under way the first is there
     __syncthreads();
-    fetch(f[0], 0);
+    fetch(f[0]);
     for (int step = 0; step < steps; step += 2) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
             if (step + i >= steps) break;
             wait_copies<kStages - 3>(); // step + i + 1 is there,
-            __syncthreads();            // and nobody reads step + i - 1, whose stage is the next
-            copy_step(step + i + kStages - 1);
-            if (step + i + 1 < steps) fetch(f[i ^ 1], step + i + 1);
-            multiply(f[i], step + i);
+            __syncthreads();            // and nobody reads step + i - 1, whose stage is free now
+            copy_step();
+            if (step + i + 1 < steps) fetch(f[i ^ 1]);
+            multiply(f[i]);
         }
     }
 
@@ -1924,13 +1955,13 @@ __global__ void __launch_bounds__(Mma<kN, kUnits, kRowWarps, kStages>::kThreads,
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
             for (int i = 0; i < S::kChunk / 2; ++i)
-                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch + (row_warp * kUnits + u) * kUnitRows +
-                        g + (i & 2) * 4] = acc[u][c / 8 + i / 4][i % 4];
+                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch +
+                        (row_warp * kUnits + u) * kUnitRows + g + (i & 2) * 4] = acc[u][c / 8 + i / 4][i % 4];
         __syncthreads();
         for (int i = thread / kQuads; i < S::kChunk && m0 + c + i < a.M; i += S::kThreads / kQuads) {
             float v[4] = {};
 #pragma unroll
-            for (int k = 0; k < S::kSplit; ++k) {
+            for (int k = 0; k < kSplit; ++k) {
                 const float4 q = *(const float4 *)(partial + (k * S::kChunk + i) * S::kPitch + quad * 4);
                 v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
             }
@@ -2033,12 +2064,13 @@ struct Mma16 {
     static constexpr int kWarps = 16, kThreads = kWarps * 32, kChunk = 128;
     static constexpr int kSumBytes = kWarps * 8 * 16 * 4;  // f32 [kWarps][8 rows of x][16 rows of W]
     static constexpr int kScratch = 2 * kSumBytes, kX = kScratch + 256; // f32 [64]; f16 x [M][pitch], zeros past K
-    __host__ __device__ static int x_pitch(int K) { return ceil_div(K, kChunk) * kChunk + 32; } // neighbours: 16 banks apart
+    // Neighbours are 16 banks apart, so that loads of 16 bytes from rows of x do not conflict.
+    __host__ __device__ static int x_pitch(int K) { return ceil_div(K, kChunk) * kChunk + 32; }
     __host__ __device__ static int shared_bytes(int M, int K) { return kX + M * x_pitch(K) * 2; }
 };
 
 __global__ void __launch_bounds__(512, 1) linear16_mma(const __grid_constant__ Linear16 a) {
-#ifdef BNB__AMPERE
+#ifdef BNB__MMA
     using S = Mma16;
     extern __shared__ __align__(1024) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -2124,12 +2156,13 @@ template <int kN, int kRows, int kSplit> constexpr WgmmaKernel wgmma_kernel() {
 
 struct MmaKernel {
     int n, units, split, all_units;
-    int threads, shared;
+    int threads, shared, per_sm;
     void (*kernel)(Linear4, int);
 };
 template <int kN, int kUnits, int kRowWarps, int kStages> constexpr MmaKernel mma_kernel() {
     using S = Mma<kN, kUnits, kRowWarps, kStages>;
-    return {kN, kUnits, S::kSplit, S::kAllUnits, S::kThreads, S::kShared, linear4_mma<kN, kUnits, kRowWarps, kStages>};
+    return {kN,          kUnits,     S::kSplit, S::kAllUnits,
+            S::kThreads, S::kShared, S::kPerSm, linear4_mma<kN, kUnits, kRowWarps, kStages>};
 }
 
 const SmallKernel kSmallKernels[] = {
@@ -2143,10 +2176,9 @@ const WgmmaKernel kWgmmaKernels[] = {
     wgmma_kernel<64, 2, 2>(), wgmma_kernel<128, 2, 1>(), wgmma_kernel<256, 2, 1>(),
 };
 
-// The last two are for 163 KiB of shared memory.
 const MmaKernel kMmaKernels[] = {
     mma_kernel<16, 1, 2, 3>(), mma_kernel<16, 1, 4, 5>(), mma_kernel<32, 1, 2, 3>(), mma_kernel<32, 1, 4, 3>(),
-    mma_kernel<64, 1, 4, 3>(), mma_kernel<64, 2, 4, 3>(), mma_kernel<128, 2, 4, 3>(),
+    mma_kernel<64, 1, 4, 3>(), mma_kernel<64, 2, 4, 3>(), mma_kernel<128, 1, 8, 3>(),
 };
 
 template <class F> cudaError_t allow_shared(F *kernel, int bytes) {
@@ -2286,8 +2318,8 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     return best;
 }
 
-// Some of them fit every device. The constants follow from what an A100's multiprocessor does in a cycle; they were not
-// fitted.
+// All but one fit every device. The constants follow from what an A100's multiprocessor does in a cycle; they were not
+// fitted to measurements.
 const MmaKernel *plan_mma(const Linear4 &a) {
     const MmaKernel *best = nullptr;
     long best_cycles = 0;
@@ -2295,8 +2327,10 @@ const MmaKernel *plan_mma(const Linear4 &a) {
         if (k.shared > a.max_shared) continue;
         const int steps = ceil_div(a.K / kGroup, k.split);
         const int tiles = ceil_div(total_blocks(a) * kBlockUnits, k.all_units) * ceil_div(a.M, k.n);
-        const long step = 400 + 100 * k.units + 8 * k.n * k.units; // barriers, decoding, the tensor cores
-        const long cycles = ceil_div(tiles, a.n_sm) * (steps * step + 30 * k.n + 3000);
+        const int per_sm = 2 * (k.shared + 1024) <= a.max_shared + 1024 ? k.per_sm : 1; // each takes 1 KiB more
+        const long step = 200 + 100 * k.units + 8 * k.n * k.units; // barriers, decoding, the tensor cores
+        const long cycles =
+            ceil_div(tiles, a.n_sm) * steps * step + ceil_div(tiles, a.n_sm * per_sm) * (30 * k.n + 3000);
         if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
     }
     return best;
@@ -3748,6 +3782,7 @@ __device__ inline bool prompt_work(const Prompt &p, int i, int *head, int *t0) {
     return w < p.work;
 }
 
+#ifdef BNB__HOPPER /* sm_75 has no reductions */
 /* What any of a tile's 128 rows sees, by a whole warp. */
 __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     int lo = INT_MAX, hi = 0;
@@ -3758,6 +3793,7 @@ __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     }
     *first = __reduce_min_sync(~0u, lo), *end = __reduce_max_sync(~0u, hi);
 }
+#endif
 
 template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(const __grid_constant__ Prompt p) {
 #ifdef BNB__HOPPER
@@ -4346,9 +4382,9 @@ int tile_act(int op) {
 bool is_f32(const bnb_tensor *t) { return !t || t->layout == LAYOUT_NUMBERS || t->type == BNB_F32; }
 
 // What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch.
-bool fits_tile(const Compiled &plan, const Step &s, int layout) {
+bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    if (!plan.f16 || !plan.device->tiles || w->layout != layout || s.y->shape[0] < 1) return false;
+    if (!plan.f16 || !has || w->layout != layout || s.y->shape[0] < 1) return false;
     for (const bnb_tensor *node : s.nodes)
         if (!is_f32(node->src[2])) return false;
     if (!s.norm) return true;
@@ -4356,7 +4392,7 @@ bool fits_tile(const Compiled &plan, const Step &s, int layout) {
     return n->shape[0] == 1 && n->shape[1] <= tile4::kNormMax && is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] &&
            (n->op == BNB_OP_RMS_NORM || n->src[2]);
 }
-bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4); }
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma); }
 // ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
 
 // A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.
@@ -4388,7 +4424,7 @@ bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
     return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
-           (plan.device->hopper ? M >= 768 || (M >= 128 && size <= 1 << 25) : M >= 256);
+           (plan.device->tiles ? M >= 768 || (M >= 128 && size <= 1 << 25) : M >= 256);
 }
 uint64_t dense_bytes(const Step &s) {
     uint64_t most = 0;
@@ -4410,20 +4446,24 @@ void run_tile4_dense(Launch &l, const Step &s) {
 
 bool fits_tile8(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return plan.device->hopper && w->type == BNB_INT8 && fits_tile(plan, s, w->layout) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, plan.device->tiles) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
 }
 bool fits_tile16(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout) &&
-           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]), plan.device->max_shared, plan.device->hopper);
+    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma) &&
+           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]), plan.device->max_shared, plan.device->tiles);
 }
 
 const bnb_tensor *input_of(const Step &s) { return s.norm ? s.norm->src[0] : s.nodes[0]->src[0]; }
 uint64_t scratch_tile(const Compiled &, const Step &s) { return half_bytes(input_of(s)); }
 
-template <class Call> void fill_shape(const Step &s, Call *c) {
+// What the choice of a kernel in [TILE4] needs.
+void fill_shape(Launch &l, const Step &s, tile4::LinearCall *c) {
     c->M = static_cast<int>(s.y->shape[0]);
     c->K = static_cast<int>(s.nodes[0]->src[1]->shape[1]);
+    c->n_sm = l.plan.device->n_sm;
+    c->max_shared = l.plan.device->max_shared;
+    c->hopper = l.plan.device->tiles;
 }
 // Fills what the calls have in common; x: where it lies in a form that the kernel takes.
 template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
@@ -4443,11 +4483,6 @@ template <class Call> void fill_norm(Launch &l, const Step &s, Call *c) {
     c->norm_b = s.norm->src[2] ? static_cast<const float *>(s.norm->src[2]->plane[0]) : nullptr;
     c->norm_eps = s.norm->params.norm.eps;
     (void)l;
-}
-template <class Call> void fill_device(Launch &l, Call *c) {
-    c->n_sm = l.plan.device->n_sm;
-    c->max_shared = l.plan.device->max_shared;
-    c->hopper = l.plan.device->hopper;
 }
 template <class Part> void fill_part(Launch &l, const Step &s, const bnb_tensor *node, Part *p) {
     Rows y = l.rows(s.nodes.size() > 1 ? node : s.y);
@@ -4470,14 +4505,13 @@ Rows tile_input(Launch &l, const Step &s, bool wide) {
 
 void run_tile4(Launch &l, const Step &s) {
     tile4::Linear4 c = {};
-    fill_device(l, &c);
+    fill_shape(l, s, &c);
     std::memcpy(c.map, s.nodes[0]->src[1]->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map, sizeof c.map);
     for (const bnb_tensor *node : s.nodes) {
         tile4::Linear4Part &p = c.part[c.n_parts++];
         fill_part(l, s, node, &p);
         p.units = node->src[1]->plane[0];
     }
-    fill_shape(s, &c);
     fill_tile(l, s, tile_input(l, s, tile4::linear4_takes_f32(c)), &c);
     fill_norm(l, s, &c);
     l.q.note(tile4::linear4(l.q.stream, c, l.q.overlap));
@@ -4485,8 +4519,7 @@ void run_tile4(Launch &l, const Step &s) {
 
 void run_tile16(Launch &l, const Step &s) {
     tile4::Linear16 c = {};
-    fill_device(l, &c);
-    fill_shape(s, &c);
+    fill_shape(l, s, &c);
     fill_tile(l, s, tile_input(l, s, true), &c);
     fill_norm(l, s, &c);
     for (const bnb_tensor *node : s.nodes) {
@@ -4522,7 +4555,7 @@ void run_tile8(Launch &l, const Step &s) {
 bool fits_attention(const Compiled &plan, const Step &s) {
     const bnb_tensor *y = s.y, *k = y->src[1], *v = y->src[2];
     int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads;
-    return plan.f16 && plan.device->hopper && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
+    return plan.f16 && plan.device->tiles && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
            k->shape[0] > 0;
 }
 void run_attention_tile(Launch &l, const Step &s) {
@@ -5012,7 +5045,7 @@ void device_place(void *dev, bnb_tensor *t, int32_t compute_dtype) {
     const bool vector = t->n_dims == 1 && (t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16);
     t->layout = vector ? LAYOUT_NUMBERS : LAYOUT_PLANES;
 #ifdef __CUDACC__
-    if (d.tiles && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
+    if (d.mma && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
         int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
         if (bnb_type_bits(t->type) == 4 && tile4::linear4_fits(N, K, t->quant.blocksize)) t->layout = LAYOUT_TILE4;
     }
@@ -5250,24 +5283,30 @@ bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_er
 }
 
 #ifdef __CUDACC__
-// The version of this program's code that runs on the device, whatever the device is: 750, 800, ..; 1 more if it has
-// Hopper's own instructions; 0: none. The kernels of [TILE4] and [TILE8] are there in other versions, but empty.
-enum { HOPPER_CODE = 901 };
-__global__ void version_kernel(int *version) {
-#ifdef BNB__HOPPER
-    *version = HOPPER_CODE;
-#elif defined(__CUDA_ARCH__)
-    *version = __CUDA_ARCH__;
+// What this program has code for, as the device finds it: the kernels of [TILE4] and [TILE8] are always there, but empty
+// where the code that runs lacks their instructions.
+enum { CODE_MMA = 1, CODE_OVERLAP = 2, CODE_HOPPER = 4 };
+__global__ void code_kernel(int *has) {
+    int code = 0;
+#ifdef BNB__MMA
+    code |= CODE_MMA;
 #endif
+#if __CUDA_ARCH__ >= 900
+    code |= CODE_OVERLAP; // wait_for_previous waits
+#endif
+#ifdef BNB__HOPPER
+    code |= CODE_HOPPER;
+#endif
+    *has = code;
 }
-int code_version(Device &d) {
-    d.queue.launch(version_kernel, dim3(1), dim3(1), d.fault);
+int code_of(Device &d) {
+    d.queue.launch(code_kernel, dim3(1), dim3(1), d.fault);
     d.queue.note(cudaStreamSynchronize(d.queue.stream));
-    const int version = d.queue.status == cudaSuccess ? *d.fault : 0;
+    int code = d.queue.status == cudaSuccess ? *d.fault : 0;
     *d.fault = 0;
     d.queue.status = cudaSuccess;
     (void)cudaGetLastError();
-    return version;
+    return code;
 }
 #endif
 
@@ -5310,13 +5349,14 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     d->dense = new (std::nothrow) DenseLibrary{};
     if (d->dense) dense_open(*d->dense);
 #ifdef __CUDACC__
-    const int version = code_version(*d);
-    q.overlap = version >= 900; // older code does not wait for the kernel before
-    if (version >= 800 && cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal) == cudaSuccess) {
-        d->hopper = version == HOPPER_CODE && tile8::linear8_init(d->ordinal) == cudaSuccess && tile8::attention_init(d->ordinal) == cudaSuccess;
-        d->tiles = d->hopper == (version == HOPPER_CODE) && tile4::linear4_init(d->ordinal, d->max_shared, d->hopper) == cudaSuccess;
-        d->hopper = d->hopper && d->tiles;
-    }
+    const int code = code_of(*d);
+    q.overlap = d->major >= 9 && code & CODE_OVERLAP;
+    if (code & CODE_MMA)
+        d->mma = cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal) == cudaSuccess &&
+                 tile4::linear4_init(d->ordinal, d->max_shared, false) == cudaSuccess;
+    if (code & CODE_HOPPER)
+        d->tiles = d->mma && tile4::linear4_init(d->ordinal, d->max_shared, true) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess &&
+                   tile8::attention_init(d->ordinal) == cudaSuccess;
     (void)cudaGetLastError();
 #endif
     return d;
