@@ -1362,7 +1362,7 @@ template <int kCols, int kUnits, int kGroups> struct Small {
     static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
     static constexpr int kStride = kCols == 1 ? 256 : 128; // of the table; a single row of x lies in its 256 gaps
     static constexpr int kStageBytes = kGroups * kUnits * kUnitBytes;  // units [kGroups][kUnits]
-    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages]
+    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages], Hopper's
     static constexpr int kScratch = kBarriers + kWarps * kStages * 8;  // f32 [64]
     static constexpr int kRing = kScratch + 256;                       // stages [kWarps][kStages]
     // f32 partial [bands][kWarps][kRows] for a single row of x, whose warps meet once; else [kWarps][M][kRows].
@@ -1427,8 +1427,8 @@ __global__ void __launch_bounds__(512, 1)
                band % kBlockBands * (kUnits * kUnitBytes);
     };
     next_ahead();
-    // Lane 0 orders bulk copies that a barrier of the stage counts, or every lane copies a part of them: there each
-    // stage is one group of copies, if of none.
+    // On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part of the units:
+    // a stage is a group of its copies, at the end an empty one.
     auto copy_next = [&](int stage) {
 #ifdef BNB__HOPPER
         if (ahead_band >= bands) return;
