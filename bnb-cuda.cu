@@ -8,8 +8,8 @@
 //        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
 //        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
-//        No managed memory, one stream, no device code that depends on the wave size. The tensor-core kernels need
-//        sm_90a; older NVIDIA GPUs run the plain ones, and so do AMD's.
+//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_90a;
+//        those for 4-bit and f16 weights are there for any NVIDIA GPU from sm_80 on, too. The rest are plain kernels.
 #ifndef GPU
 #include <cublasLt.h>
 #include <cuda.h>
@@ -171,7 +171,9 @@ struct Device {
     uint64_t bytes = 0, bytes_peak = 0;  // allocated on the device
     struct DenseLibrary *dense = nullptr;
     int n_sm = 0, major = 0, minor = 0;
-    bool tiles = false; // has the kernels of [TILE4] and those after it
+    int max_shared = 0; // bytes of shared memory that a block may have
+    bool tiles = false; // Hopper's code runs here: the kernels of [TILE4] and those after it
+    bool mma = false;   // mma.sync, ldmatrix, cp.async: sm_80 and later, with code for it
     char description[128] = "";
 };
 
@@ -863,16 +865,22 @@ __global__ void feed_kernel(Feeds f) {
 
 #ifdef __CUDACC__
 /* ==== [TILE4] ====================================================================================================
- * linear with 4-bit and with f16 weights. Hopper's own instructions: code for other architectures has these kernels empty,
- * and is never asked for them (has_hopper_code). */
+ * linear with 4-bit and with f16 weights, once in Hopper's own instructions and once in those that every GPU has from
+ * sm_80 on. Code for other architectures has these kernels empty, and is never asked for them (code_of). */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB__HOPPER
 #endif
+#if __CUDA_ARCH__ >= 800 // mma.sync, ldmatrix, cp.async
+#define BNB__MMA
+#endif
+#if defined(__CUDA_ARCH__) && !defined(BNB__HOPPER)
+#pragma nv_diag_suppress 177 // "never referenced": what empty kernels would call
+#endif
 
 namespace tile4 {
 
-// y = x W^T on NVIDIA Hopper, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
+// y = x W^T on NVIDIA GPUs from sm_80 on, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
 //
 // Weights in 4 bits are kept in an invertible permutation of codes and absmax, made once at load (tile4_pack). A block
 // of 64 rows is a sequence of tiles along K; a tile is 64 rows by 64 columns, four units of 16 rows, 576 bytes each:
@@ -883,16 +891,20 @@ namespace tile4 {
 // After the tiles: f32 row_scale [blocks * 64], for each row a power of two no less than its largest absmax.
 // Rows past N have codes and absmax 0.
 //
-// Both kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
+// All kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
 // pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
-//     linear4_small  M <= 16: the warps of a block split K; bulk copies fill a private ring of units per warp;
+//     linear4_small  M <= 16: the warps of a block split K; copies fill a private ring of units per warp;
 //                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax. With one row of
-//                    x nothing is summed over the warps before the end.
-//     linear4_wgmma  any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into the
-//                    A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the f16
-//                    weights, so that the accumulators sum over all of K. K may be split over the warpgroups of a
-//                    block and over a cluster.
-// Dense f16 weights: linear16, for M <= 8.
+//                    x nothing is summed over the warps before the end. Hopper and sm_80 share it: they differ in
+//                    how bytes reach the ring, and in how much shared memory there is for it.
+//     linear4_wgmma  Hopper, any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into
+//                    the A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the
+//                    f16 weights, so that the accumulators sum over all of K. K may be split over the warpgroups of
+//                    a block and over a cluster.
+//     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
+//                    block split K.
+// Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share nothing but stage_x:
+// TMA swizzles rows into shared memory, while lanes can load their fragments straight into registers.
 
 enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu };
 enum Norm { kNormNone, kNormLayer, kNormRms };
@@ -912,6 +924,8 @@ struct LinearCall {
     long ldr;
     int y_f32;             // y is f32, else f16
     int n_sm;              // multiprocessors of the device
+    int max_shared;        // bytes of shared memory that a block may have there
+    bool hopper;           // whether it runs Hopper's own instructions
 };
 
 struct Linear4Part {
@@ -962,7 +976,6 @@ __device__ __forceinline__ int unit_byte(int t, int e) { return 8 * (e >> 1) + t
 // One thread per row of a lane: 8 bytes of codes; the threads of lanes t == 0 also move the row's absmax.
 template <bool kPack>
 __global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N, int K, char *units) {
-#ifdef BNB__HOPPER
     const int groups = K / kGroup;
     const size_t total = (size_t)blocks_of(N) * groups * kBlockUnits * 64;
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total; i += (size_t)gridDim.x * blockDim.x) {
@@ -981,12 +994,10 @@ __global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N
             if (t == 0 && column % blocksize == 0) absmax[column / blocksize] = *scale;
         }
     }
-#endif
 }
 
 // One warp per row.
 __global__ void tile4_row_scale(const float *absmax, int blocksize, int N, int K, float *row_scale) {
-#ifdef BNB__HOPPER
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (row >= blocks_of(N) * kBlockRows) return;
     float largest = 0;
@@ -997,7 +1008,6 @@ __global__ void tile4_row_scale(const float *absmax, int blocksize, int N, int K
     int exponent = 0;
     frexpf(largest, &exponent); // largest <= 2^exponent
     if (lane == 0) row_scale[row] = ldexpf(1.0f, min(max(exponent, -120), 120));
-#endif
 }
 
 cudaError_t tile4_pack(cudaStream_t stream, const uint8_t *codes, const float *absmax, int blocksize, int N, int K,
@@ -1022,8 +1032,33 @@ cudaError_t tile4_unpack(cudaStream_t stream, const void *units, int blocksize, 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // The next kernel of the stream may start. It waits before it touches what this one reads or writes.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_prior_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Code for older GPUs is not launched early.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_prior_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// This thread copies 16 bytes to shared memory, or zeros.
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Ends a group of this thread's copies, which may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread's copies are under way. What other threads copied is there after a
+// barrier that follows.
+template <int kPending> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -1345,17 +1380,37 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
     }
 }
 
+// y[m][n .. n + 4] = act(v * scale + bias) + residual, of which the first n_valid exist.
+__device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out, int m, int n, int n_valid,
+                                       float (&v)[4], const float4 &scale, const float (&bias)[4]) {
+    v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        v[j] = activate(v[j] + bias[j], a.act);
+        if (a.residual && j < n_valid) v[j] += a.residual[m * a.ldr + n + j];
+    }
+    const size_t to = (size_t)m * out.ldy + n;
+    if (n_valid == 4 && out.ldy % 4 == 0) {
+        if (a.y_f32) *(float4 *)((float *)out.y + to) = make_float4(v[0], v[1], v[2], v[3]);
+        else *(uint2 *)((__half *)out.y + to) = make_uint2(half2_bits(v[0], v[1]), half2_bits(v[2], v[3]));
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (j < n_valid) store_y(out.y, to + j, v[j], a.y_f32);
+    }
+}
+
 // ---- linear4_small --------------------------------------------------------------------------------------------------
 
 // kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: neighbouring strips of 16 rows, 1, 2 or 4,
 // that a warp takes together: a band. kGroups: groups of 64 columns that it takes together: a chunk.
 template <int kCols, int kUnits, int kGroups> struct Small {
     static constexpr int kWarps = 16, kThreads = kWarps * 32;
-    static constexpr int kStages = kUnits * kGroups == 1 ? 4 : 2; // of each warp's ring
+    static constexpr int kStages = kCols == 16 ? 4 : 2; // of each warp's ring
     static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
     static constexpr int kStride = kCols == 1 ? 256 : 128; // of the table; a single row of x lies in its 256 gaps
     static constexpr int kStageBytes = kGroups * kUnits * kUnitBytes;  // units [kGroups][kUnits]
-    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages]
+    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages], Hopper's
     static constexpr int kScratch = kBarriers + kWarps * kStages * 8;  // f32 [64]
     static constexpr int kRing = kScratch + 256;                       // stages [kWarps][kStages]
     // f32 partial [bands][kWarps][kRows] for a single row of x, whose warps meet once; else [kWarps][M][kRows].
@@ -1390,7 +1445,7 @@ __device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, 
 template <int kCols, int kUnits, int kGroups>
 __global__ void __launch_bounds__(512, 1)
     linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
-#ifdef BNB__HOPPER
+#ifdef BNB__MMA
     using S = Small<kCols, kUnits, kGroups>;
     constexpr int kBlockBands = kBlockUnits / kUnits; // of a block of 64 rows
     extern __shared__ __align__(1024) char shared[];
@@ -1398,13 +1453,15 @@ __global__ void __launch_bounds__(512, 1)
     const int first = blockIdx.x * share + min((int)blockIdx.x, more), bands = share + ((int)blockIdx.x < more);
     const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups), M = kCols == 1 ? 1 : a.M;
 
-    const char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
+    char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
+#ifdef BNB__HOPPER
     const uint32_t full = shared_address(shared + S::kBarriers) + warp * S::kStages * 8;
     if (lane == 0) {
         for (int i = 0; i < S::kStages; ++i) barrier_init(full + i * 8, 1);
         barrier_init_fence();
     }
     __syncwarp();
+#endif
 
     // What the ring's next free stage will hold: the chunk `ahead` of a band, at `from`.
     int ahead_band = -1, ahead = chunks;
@@ -1418,7 +1475,10 @@ __global__ void __launch_bounds__(512, 1)
                band % kBlockBands * (kUnits * kUnitBytes);
     };
     next_ahead();
+    // On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part of the units:
+    // a stage is a group of its copies, at the end an empty one.
     auto copy_next = [&](int stage) {
+#ifdef BNB__HOPPER
         if (ahead_band >= bands) return;
         if (lane == 0) {
             const int n = kGroups == 1 ? 1 : min(kGroups, groups - ahead * kGroups);
@@ -1429,6 +1489,19 @@ __global__ void __launch_bounds__(512, 1)
                     bulk_copy(shared_address(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes),
                               from + i * kTileBytes, kUnits * kUnitBytes, full + stage * 8);
         }
+#else
+        const int n = ahead_band < bands ? min(kGroups, groups - ahead * kGroups) : 0;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+            for (int j = 0; j < ceil_div(kUnits * kUnitBytes, 512); ++j) {
+                const int at = j * 512 + lane * 16;
+                if (i < n && at < kUnits * kUnitBytes)
+                    copy16(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes + at, from + i * kTileBytes + at);
+            }
+        commit_copies();
+        if (n == 0) return;
+#endif
         from += S::kWarps * kGroups * kTileBytes, ahead += S::kWarps;
         next_ahead();
     };
@@ -1494,11 +1567,17 @@ __global__ void __launch_bounds__(512, 1)
     };
 
     int chunk = warp, stage = 0;
-    uint32_t parity = 0, b[S::kTiles][8] = {};
+    [[maybe_unused]] uint32_t parity = 0;
+    uint32_t b[S::kTiles][8] = {};
     for (int band = 0; band < bands; ++band) {
         float sum[kUnits][S::kTiles][4] = {};
         for (; chunk < chunks; chunk += S::kWarps) {
+#ifdef BNB__HOPPER
             barrier_wait(full + stage * 8, parity);
+#else
+            wait_copies<S::kStages - 1>();
+            __syncwarp();
+#endif
             uint4 codes[kGroups][kUnits];
             float2 absmax[kGroups][kUnits]; // of rows g and g + 8
 #pragma unroll
@@ -1741,23 +1820,200 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                         const float4 q = ranks > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
                         v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
                     }
-                v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    v[j] = activate(v[j] + bias[j], a.act);
-                    if (a.residual && j < n_valid) v[j] += a.residual[m * a.ldr + n + j];
-                }
-                const size_t to = (size_t)m * out.ldy + n;
-                if (n_valid == 4 && out.ldy % 4 == 0) {
-                    if (a.y_f32) *(float4 *)((float *)out.y + to) = make_float4(v[0], v[1], v[2], v[3]);
-                    else *(uint2 *)((__half *)out.y + to) = make_uint2(half2_bits(v[0], v[1]), half2_bits(v[2], v[3]));
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        if (j < n_valid) store_y(out.y, to + j, v[j], a.y_f32);
-                }
+                write4(a, out, m, n, n_valid, v, scale, bias);
             }
             sync();
+        }
+    }
+#endif
+}
+
+// ---- linear4_mma ----------------------------------------------------------------------------------------------------
+
+// kN rows of x by kRowWarps * kUnits units of 16 rows of W per block. A warp computes kUnits of them; the kSplit warps
+// that share units split K.
+template <int kN, int kUnits, int kRowWarps, int kStages> struct Mma {
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kSplit = kWarps / kRowWarps;
+    static_assert(kStages >= 3, "a step is multiplied, one is decoded, one is copied");
+    static constexpr int kAllUnits = kRowWarps * kUnits, kRows = kAllUnits * kUnitRows;
+    static constexpr int kStrip = kAllUnits < kBlockUnits ? kAllUnits : kBlockUnits; // units of a tile
+    static constexpr int kStripBytes = kStrip * kUnitBytes, kStripPieces = kStripBytes / 16;
+    static constexpr int kBlocks = kAllUnits / kStrip;             // blocks of 64 rows that the units are of
+    static constexpr int kStageX = kSplit * kN * kGroup * 2;       // f16 [kSplit][kN][64], 128-byte swizzle
+    static constexpr int kStageW = kSplit * kBlocks * kStripBytes; // units [kBlocks][kSplit][kStrip]
+    // A thread's copies of 16 bytes for a step: of x, and of W for each of the blocks.
+    static constexpr int kCopiesX = kStageX / (16 * kThreads), kCopiesW = ceil_div(kSplit * kStripPieces, kThreads);
+    static constexpr int kChunk = kN < 32 ? kN : 32; // columns of y that are written together
+    static constexpr int kPitch = kRows + 4;         // conflict-free for the accumulator fragments
+    static constexpr int kPartialBytes = kSplit * kChunk * kPitch * 4; // f32 [kSplit][kChunk][kPitch], over the ring
+    static constexpr int kX = kTableBytes, kW = kX + kStages * kStageX, kEnd = kW + kStages * kStageW;
+    static constexpr int kShared = kEnd > kX + kPartialBytes ? kEnd : kX + kPartialBytes;
+    // Two blocks per multiprocessor where they fit an A100's 164 KiB: one decodes while the other multiplies.
+    static constexpr int kPerSm = kShared <= 81 * 1024 ? 2 : 1;
+};
+
+template <int kN, int kUnits, int kRowWarps, int kStages>
+__global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPerSm)
+    linear4_mma(const __grid_constant__ Linear4 a, int n_blocks) {
+#ifdef BNB__MMA
+    using S = Mma<kN, kUnits, kRowWarps, kStages>;
+    extern __shared__ __align__(1024) char shared[];
+    constexpr int kSplit = S::kSplit;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int row_warp = warp % kRowWarps, split = warp / kRowWarps;
+
+    // A step is kSplit groups of 64 columns. Blocks with the same rows of W follow each other, so that W is read from
+    // memory once.
+    const int groups = a.K / kGroup, steps = ceil_div(groups, kSplit), m_tiles = ceil_div(a.M, kN);
+    const int m0 = blockIdx.x % m_tiles * kN, unit0 = blockIdx.x / m_tiles * S::kAllUnits;
+    auto block_of = [&](int unit) { return min((unit0 + unit) / kBlockUnits, n_blocks - 1); };
+
+    launch_dependents();
+    wait_for_prior_kernel();
+
+    // What a thread copies for each step: of x the same 16 bytes of rows that are 32 apart, or with kN == 16 of a row in
+    // every other group; of W what lies kThreads pieces apart in the ring.
+    const int line = thread / 8, row = line % kN, piece = thread % 8; // line: of the first 32 of [kSplit][kN]
+    const __half *x_from = (const __half *)a.x + (m0 + row) * a.ldx + line / kN * kGroup + piece * 8;
+    const int x_to = S::kX + line * 128 + ((piece ^ row) & 7) * 16;
+    const char *w_from[S::kBlocks]; // the first group's units
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b)
+        w_from[b] = block_at(a, block_of(b * kBlockUnits)).tiles + unit0 % kBlockUnits * kUnitBytes;
+    int w_at[S::kCopiesW];
+#pragma unroll
+    for (int i = 0; i < S::kCopiesW; ++i) {
+        const int p = thread + i * S::kThreads;
+        w_at[i] = p / S::kStripPieces * kTileBytes + p % S::kStripPieces * 16;
+    }
+    int left = groups, free_stage = 0; // what the next copies begin with, and where they go
+    auto copy_step = [&] {
+        if (left > 0) {
+#pragma unroll
+            for (int i = 0; i < S::kCopiesX; ++i) { // columns past K and rows past M: zeros
+                const int rows = i * 32 % kN, group = i * 32 / kN;
+                const bool valid = m0 + row + rows < a.M && line / kN + group < left;
+                const __half *from = x_from + rows * a.ldx + group * kGroup;
+                copy16(shared + x_to + free_stage * S::kStageX + i * 32 * 128, valid ? from : a.x, valid);
+            }
+#pragma unroll
+            for (int b = 0; b < S::kBlocks; ++b)
+#pragma unroll
+                for (int i = 0; i < S::kCopiesW; ++i) {
+                    const int p = thread + i * S::kThreads;
+                    if (p < kSplit * S::kStripPieces && w_at[i] < left * kTileBytes)
+                        copy16(shared + S::kW + free_stage * S::kStageW + (b * kSplit * S::kStripPieces + p) * 16,
+                               w_from[b] + w_at[i]);
+                }
+        }
+        commit_copies(); // if of nothing: a step is a group
+        x_from += kSplit * kGroup, left -= kSplit;
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) w_from[b] += kSplit * kTileBytes;
+        if (++free_stage == kStages) free_stage = 0;
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy_step();
+    for (int i = thread; i < 512; i += S::kThreads) fill_table<128>(shared, a.map, i);
+
+    float inverse[kUnits][2]; // of the scales of rows g and g + 8
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+        const int unit = row_warp * kUnits + u;
+        const float *scale = block_at(a, block_of(unit)).row_scale + (unit0 + unit) % kBlockUnits * kUnitRows + g;
+        inverse[u][0] = 1.0f / scale[0], inverse[u][1] = 1.0f / scale[8];
+    }
+    int fetched = split, w_stage = 0; // the group and the stage that fetch comes to
+    auto fetch = [&](uint32_t(&f)[kUnits][16]) { // decodes the weights of a step
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int unit = row_warp * kUnits + u;
+            const char *from = shared + S::kW + w_stage * S::kStageW +
+                               (unit / S::kStrip * kSplit + split) * S::kStripBytes + unit % S::kStrip * kUnitBytes;
+            decode<128>(*(const uint4 *)(from + lane * 16), shared, lane * 4, f[u]);
+            float2 absmax = *(const float2 *)(from + kCodeBytes + g * 8);
+            if (kSplit > 1 && fetched >= groups) absmax = make_float2(0, 0); // past K: x is zero
+            const __half2 scale0 = __float2half2_rn(absmax.x * inverse[u][0]);
+            const __half2 scale8 = __float2half2_rn(absmax.y * inverse[u][1]);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const __half2 v = __hmul2(*(const __half2 *)&f[u][i], i & 1 ? scale8 : scale0);
+                f[u][i] = *(const uint32_t *)&v;
+            }
+        }
+        fetched += kSplit;
+        if (++w_stage == kStages) w_stage = 0;
+    };
+    float acc[kUnits][kN / 8][4] = {}; // rows g (+ 8) of the units, rows 8 n + 2 t (+ 1) of x
+    int x_stage = 0;
+    auto multiply = [&](const uint32_t(&f)[kUnits][16]) {
+        constexpr int kBatch = kN / 8 < 4 ? kN / 8 : 4; // tiles of 8 rows of x whose fragments are loaded together
+        const uint32_t x = shared_address(shared + S::kX) + x_stage * S::kStageX + split * (kN * kGroup * 2) +
+                           lane % 8 * 128;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) // of the 64 columns
+#pragma unroll
+            for (int n = 0; n < kN / 8; n += kBatch) {
+                uint32_t b[kBatch][4];
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i)
+                    load_matrices(b[i], x + (n + i) * 1024 + ((half * 4 + lane / 8) ^ lane % 8) * 16);
+#pragma unroll
+                for (int s = 0; s < 2; ++s)
+#pragma unroll
+                    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+                        for (int u = 0; u < kUnits; ++u)
+                            mma(acc[u][n + i], f[u] + 4 * (2 * half + s), b[i][2 * s], b[i][2 * s + 1]);
+            }
+        if (++x_stage == kStages) x_stage = 0;
+    };
+    // The next step is decoded while the tensor cores run.
+    uint32_t f[2][kUnits][16];
+    wait_copies<kStages - 2>(); // of the kStages - 1 steps under way the first is there
+    __syncthreads();
+    fetch(f[0]);
+    for (int step = 0; step < steps; step += 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (step + i >= steps) break;
+            wait_copies<kStages - 3>(); // step + i + 1 is there,
+            __syncthreads();            // and nobody reads step + i - 1, whose stage is free now
+            copy_step();
+            if (step + i + 1 < steps) fetch(f[i ^ 1]);
+            multiply(f[i]);
+        }
+    }
+
+    // y: the fragments go through shared memory, kChunk rows of x at a time, so that rows of y are written whole.
+    constexpr int kQuads = S::kRows / 4; // a thread keeps the same four rows of W
+    float *partial = (float *)(shared + S::kX);
+    const int quad = thread % kQuads, unit = unit0 + quad / 4;
+    const Block out_block = block_at(a, block_of(quad / 4));
+    const Linear4Part &out = a.part[out_block.part];
+    const int n = out_block.row + unit % kBlockUnits * kUnitRows + quad % 4 * 4;
+    const int n_valid = unit / kBlockUnits < n_blocks ? min(4, out.N - n) : 0;
+    const float4 scale = *(const float4 *)(out_block.row_scale + unit % kBlockUnits * kUnitRows + quad % 4 * 4);
+    float bias[4] = {};
+    for (int j = 0; j < n_valid; ++j) bias[j] = out.bias ? out.bias[n + j] : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kN; c += S::kChunk) {
+        if (m0 + c >= a.M) break;
+        __syncthreads(); // what lies there was read
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int i = 0; i < S::kChunk / 2; ++i)
+                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch +
+                        (row_warp * kUnits + u) * kUnitRows + g + (i & 2) * 4] = acc[u][c / 8 + i / 4][i % 4];
+        __syncthreads();
+        for (int i = thread / kQuads; i < S::kChunk && m0 + c + i < a.M; i += S::kThreads / kQuads) {
+            float v[4] = {};
+#pragma unroll
+            for (int k = 0; k < kSplit; ++k) {
+                const float4 q = *(const float4 *)(partial + (k * S::kChunk + i) * S::kPitch + quad * 4);
+                v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
+            }
+            write4(a, out, m0 + c + i, n, n_valid, v, scale, bias);
         }
     }
 #endif
@@ -1850,15 +2106,90 @@ __global__ void __launch_bounds__(288, 1)
 #endif
 }
 
+// From sm_80 on: the 16 warps of a block split K, in chunks of 128 columns, for 16 rows of W at a time. k is taken in
+// an order in which a lane's fragments of two k16 steps are 16 bytes that follow each other, in W and in x.
+struct Mma16 {
+    static constexpr int kWarps = 16, kThreads = kWarps * 32, kChunk = 128;
+    static constexpr int kSumBytes = kWarps * 8 * 16 * 4;  // f32 [kWarps][8 rows of x][16 rows of W]
+    static constexpr int kScratch = 2 * kSumBytes, kX = kScratch + 256; // f32 [64]; f16 x [M][pitch], zeros past K
+    // Neighbours are 16 banks apart, so that loads of 16 bytes from rows of x do not conflict.
+    __host__ __device__ static int x_pitch(int K) { return ceil_div(K, kChunk) * kChunk + 32; }
+    __host__ __device__ static int shared_bytes(int M, int K) { return kX + M * x_pitch(K) * 2; }
+};
+
+__global__ void __launch_bounds__(512, 1) linear16_mma(const __grid_constant__ Linear16 a) {
+#ifdef BNB__MMA
+    using S = Mma16;
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int chunks = ceil_div(a.K, S::kChunk), bands = ceil_div(a.N, kUnitRows), pitch = S::x_pitch(a.K);
+
+    uint4 next[2][4]; // of row g and of row g + 8, 8 columns of each 32 of a chunk
+    auto load = [&](int band, int chunk) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int row = min(band * kUnitRows + g + i / 4 * 8, a.N - 1), k = chunk * S::kChunk + i % 4 * 32 + t * 8;
+            const uint4 *from = (const uint4 *)((const __half *)a.w + (size_t)row * a.K + k);
+            next[i / 4][i % 4] = k < a.K ? __ldcs(from) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    if (warp < chunks) load(blockIdx.x, warp); // weights do not depend on the kernel before
+    launch_dependents();
+    const NormWeights early = norm_weights(a, threadIdx.x * 8);
+    wait_for_prior_kernel();
+    __half *x = (__half *)(shared + S::kX);
+    for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
+        x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
+    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch),
+                         [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    __syncthreads();
+
+    const __half *x_lane = x + min(g, a.M - 1) * pitch + t * 8;
+    float *sums = (float *)shared;
+    for (int band = blockIdx.x; band < bands; band += gridDim.x) {
+        float d[2][4] = {};
+        for (int chunk = warp; chunk < chunks; chunk += S::kWarps) {
+            uint4 w[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) w[i / 4][i % 4] = next[i / 4][i % 4];
+            if (chunk + S::kWarps < chunks) load(band, chunk + S::kWarps);
+            else if (band + (int)gridDim.x < bands) load(band + gridDim.x, warp);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint4 b = *(const uint4 *)(x_lane + chunk * S::kChunk + i * 32);
+                const uint32_t a0[4] = {w[0][i].x, w[1][i].x, w[0][i].y, w[1][i].y};
+                const uint32_t a1[4] = {w[0][i].z, w[1][i].z, w[0][i].w, w[1][i].w};
+                mma(d[0], a0, b.x, b.y);
+                mma(d[1], a1, b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            sums[(warp * 8 + 2 * t + (j & 1)) * kUnitRows + g + (j >> 1) * 8] = d[0][j] + d[1][j];
+        __syncthreads();
+        const int m = threadIdx.x / kUnitRows, n = band * kUnitRows + threadIdx.x % kUnitRows;
+        if (m < a.M && n < a.N) {
+            float v = a.bias ? a.bias[n] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < S::kWarps; ++i) v += sums[i * 8 * kUnitRows + threadIdx.x];
+            store_y(a.y, m * a.ldy + n, activate(v, a.act) + (a.residual ? a.residual[m * a.ldr + n] : 0.0f), a.y_f32);
+        }
+        sums = (float *)(shared + ((char *)sums == shared ? S::kSumBytes : 0)); // these are read until the next barrier
+    }
+#endif
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 struct SmallKernel {
     int cols, units, groups;
+    bool little; // for blocks that have less shared memory than Hopper's
     void (*kernel)(Linear4, int, int);
     int (*shared_bytes)(int M, int K, int bands);
 };
-template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel() {
-    return {kCols, kUnits, kGroups, linear4_small<kCols, kUnits, kGroups>, Small<kCols, kUnits, kGroups>::shared_bytes};
+template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool little = false) {
+    return {kCols, kUnits, kGroups, little, linear4_small<kCols, kUnits, kGroups>,
+            Small<kCols, kUnits, kGroups>::shared_bytes};
 }
 
 struct WgmmaKernel {
@@ -1871,9 +2202,21 @@ template <int kN, int kRows, int kSplit> constexpr WgmmaKernel wgmma_kernel() {
     return {kN, kRows, kSplit, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit>};
 }
 
+struct MmaKernel {
+    int n, units, split, all_units;
+    int threads, shared, per_sm;
+    void (*kernel)(Linear4, int);
+};
+template <int kN, int kUnits, int kRowWarps, int kStages> constexpr MmaKernel mma_kernel() {
+    using S = Mma<kN, kUnits, kRowWarps, kStages>;
+    return {kN,          kUnits,     S::kSplit, S::kAllUnits,
+            S::kThreads, S::kShared, S::kPerSm, linear4_mma<kN, kUnits, kRowWarps, kStages>};
+}
+
 const SmallKernel kSmallKernels[] = {
-    small_kernel<1, 4, 1>(), small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),  small_kernel<8, 4, 1>(),
-    small_kernel<8, 2, 1>(), small_kernel<8, 1, 2>(), small_kernel<16, 1, 1>(),
+    small_kernel<1, 4, 1>(),     small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),
+    small_kernel<1, 1, 1>(true), small_kernel<8, 4, 1>(), small_kernel<8, 2, 1>(),
+    small_kernel<8, 1, 2>(),     small_kernel<8, 1, 1>(true), small_kernel<16, 1, 1>(),
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
@@ -1881,9 +2224,14 @@ const WgmmaKernel kWgmmaKernels[] = {
     wgmma_kernel<64, 2, 2>(), wgmma_kernel<128, 2, 1>(), wgmma_kernel<256, 2, 1>(),
 };
 
-template <class F> cudaError_t allow_shared(F *kernel) {
+const MmaKernel kMmaKernels[] = {
+    mma_kernel<16, 1, 2, 3>(), mma_kernel<16, 1, 4, 5>(), mma_kernel<32, 1, 2, 3>(), mma_kernel<32, 1, 4, 3>(),
+    mma_kernel<64, 1, 4, 3>(), mma_kernel<64, 2, 4, 3>(), mma_kernel<128, 1, 8, 3>(),
+};
+
+template <class F> cudaError_t allow_shared(F *kernel, int bytes) {
     const cudaError_t err =
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (err != cudaSuccess) return err;
     // The same split of L1 for all kernels: a multiprocessor would have to drain to change it.
     return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -1891,13 +2239,19 @@ template <class F> cudaError_t allow_shared(F *kernel) {
 }
 
 // Once per device, which becomes the current one.
-cudaError_t linear4_init(int device) {
+cudaError_t linear4_init(int device, int max_shared, bool hopper) {
     cudaError_t err = cudaSetDevice(device);
-    for (const SmallKernel &k : kSmallKernels)
-        if (err == cudaSuccess) err = allow_shared(k.kernel);
-    for (const WgmmaKernel &k : kWgmmaKernels)
-        if (err == cudaSuccess) err = allow_shared(k.kernel);
-    if (err == cudaSuccess) err = allow_shared(linear16_small);
+    auto allow = [&](auto *kernel) {
+        if (err == cudaSuccess) err = allow_shared(kernel, max_shared);
+    };
+    for (const SmallKernel &k : kSmallKernels) allow(k.kernel);
+    if (hopper) {
+        for (const WgmmaKernel &k : kWgmmaKernels) allow(k.kernel);
+        allow(linear16_small);
+    } else {
+        for (const MmaKernel &k : kMmaKernels) allow(k.kernel);
+        allow(linear16_mma);
+    }
     return err;
 }
 
@@ -1946,10 +2300,12 @@ struct SmallGrid {
     int bands, blocks, shared;
 };
 
-// One block per multiprocessor, more where a block would have more than 1024 rows of W: its sums must fit.
+// One block per multiprocessor, more where a block would have more than 1024 rows of W or sums than fit.
 SmallGrid grid_on(const Linear4 &a, const SmallKernel &k) {
     const int bands = total_blocks(a) * (kBlockUnits / k.units);
-    const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, 1024 / (k.units * kUnitRows)));
+    const int rest = k.shared_bytes(a.M, a.K, 0), band = k.shared_bytes(a.M, a.K, 1) - rest;
+    const int fit = band ? (a.max_shared - rest) / band : bands, most = std::min(1024 / (k.units * kUnitRows), fit);
+    const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, std::max(most, 1)));
     return {bands, blocks, k.shared_bytes(a.M, a.K, ceil_div(bands, blocks))};
 }
 
@@ -1970,15 +2326,20 @@ cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &
     return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, x_map, n_blocks);
 }
 
+cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
+    const int n_blocks = total_blocks(a), tiles = ceil_div(n_blocks * kBlockUnits, k.all_units) * ceil_div(a.M, k.n);
+    return launch(stream, k.kernel, tiles, k.threads, k.shared, 1, pdl, a, n_blocks);
+}
+
 // The choice of a kernel: the least estimated time of the busiest multiprocessor, in cycles. Only the proportions of
-// the constants matter; they were fitted to measurements.
+// the constants matter; they were fitted to measurements of an H200.
 const SmallKernel *plan_small(const Linear4 &a) {
     const int cols = a.M == 1 && a.K <= kNormMax ? 1 : a.M <= 8 ? 8 : 16;
     const SmallKernel *best = nullptr;
     int best_cycles = 0;
     for (const SmallKernel &k : kSmallKernels) {
         const SmallGrid g = grid_on(a, k);
-        if (k.cols != cols || g.shared > kMaxShared) continue;
+        if (k.cols != cols || g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
         const int bands = ceil_div(g.bands, a.n_sm), chunks = ceil_div(a.K / kGroup, k.groups);
         const int cycles = cols == 1 ? ceil_div(bands * chunks, 16) * (800 + 400 * k.groups)
                                      : bands * (ceil_div(chunks, 16) * (300 + 480 * k.units * k.groups) + 3000);
@@ -2005,6 +2366,27 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     return best;
 }
 
+// All but one fit every device. The constants follow from what an A100's multiprocessor does in a cycle; they were not
+// fitted to measurements.
+const MmaKernel *plan_mma(const Linear4 &a) {
+    const MmaKernel *best = nullptr;
+    long best_cycles = 0;
+    for (const MmaKernel &k : kMmaKernels) {
+        if (k.shared > a.max_shared) continue;
+        const int steps = ceil_div(a.K / kGroup, k.split);
+        const int tiles = ceil_div(total_blocks(a) * kBlockUnits, k.all_units) * ceil_div(a.M, k.n);
+        const int per_sm = 2 * (k.shared + 1024) <= a.max_shared + 1024 ? k.per_sm : 1; // each takes 1 KiB more
+        const long step = 200 + 100 * k.units + 8 * k.n * k.units; // barriers, decoding, the tensor cores
+        const long cycles =
+            ceil_div(tiles, a.n_sm) * steps * step + ceil_div(tiles, a.n_sm * per_sm) * (30 * k.n + 3000);
+        if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
+    }
+    return best;
+}
+
+// Whether linear4 takes x as f32.
+bool linear4_takes_f32(const Linear4 &a) { return a.M <= 16 && plan_small(a); }
+
 cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
         return cudaErrorInvalidValue;
@@ -2012,17 +2394,24 @@ cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     const SmallKernel *small = a.M <= 8 || a.x_f32 ? plan_small(a) : nullptr;
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
+    if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
     int cluster = 1;
     const WgmmaKernel *k = plan_wgmma(a, &cluster);
     return run_wgmma(stream, a, *k, cluster, pdl);
 }
 
-// K % 8 == 0, and x fits beside a ring of at least four stages.
-bool linear16_fits(int M, int K) { return M >= 1 && M <= 8 && K % 8 == 0 && Small16::stages(M, K) >= 4; }
+// K % 8 == 0, and x fits; on Hopper beside a ring of at least four stages.
+bool linear16_fits(int M, int K, int max_shared, bool hopper) {
+    if (M < 1 || M > 8 || K % 8) return false;
+    return hopper ? Small16::stages(M, K) >= 4 : Mma16::shared_bytes(M, K) <= max_shared;
+}
 
 cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
-    if (!linear16_fits(a.M, a.K) || (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)))
+    if (!linear16_fits(a.M, a.K, a.max_shared, a.hopper) || (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)))
         return cudaErrorInvalidValue;
+    if (!a.hopper)
+        return launch(stream, linear16_mma, std::min(a.n_sm, ceil_div(a.N, kUnitRows)), Mma16::kThreads,
+                      Mma16::shared_bytes(a.M, a.K), 1, pdl, a);
     CUtensorMap w_map;
     const cudaError_t err = make_map(&w_map, a.w, a.N, a.K, a.K, Small16::kRows);
     if (err != cudaSuccess) return err;
@@ -3441,6 +3830,7 @@ __device__ inline bool prompt_work(const Prompt &p, int i, int *head, int *t0) {
     return w < p.work;
 }
 
+#ifdef BNB__HOPPER /* sm_75 has no reductions */
 /* What any of a tile's 128 rows sees, by a whole warp. */
 __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     int lo = INT_MAX, hi = 0;
@@ -3451,6 +3841,7 @@ __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     }
     *first = __reduce_min_sync(~0u, lo), *end = __reduce_max_sync(~0u, hi);
 }
+#endif
 
 template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(const __grid_constant__ Prompt p) {
 #ifdef BNB__HOPPER
@@ -4059,9 +4450,9 @@ int tile_act(int op) {
 bool is_f32(const bnb_tensor *t) { return !t || t->layout == LAYOUT_NUMBERS || t->type == BNB_F32; }
 
 // What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch.
-bool fits_tile(const Compiled &plan, const Step &s, int layout) {
+bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    if (!plan.f16 || !plan.device->tiles || w->layout != layout || s.y->shape[0] < 1) return false;
+    if (!plan.f16 || !has || w->layout != layout || s.y->shape[0] < 1) return false;
     for (const bnb_tensor *node : s.nodes)
         if (!is_f32(node->src[2])) return false;
     if (!s.norm) return true;
@@ -4069,7 +4460,7 @@ bool fits_tile(const Compiled &plan, const Step &s, int layout) {
     return n->shape[0] == 1 && n->shape[1] <= tile4::kNormMax && is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] &&
            (n->op == BNB_OP_RMS_NORM || n->src[2]);
 }
-bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4); }
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma); }
 // ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
 
 // A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.
@@ -4095,12 +4486,13 @@ __global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K,
     }
 }
 
-// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows.
+// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows. Measured on an H200; for
+// linear4_mma it is an estimate.
 bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
     return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
-           (M >= 768 || (M >= 128 && size <= 1 << 25));
+           (plan.device->tiles ? M >= 768 || (M >= 128 && size <= 1 << 25) : M >= 256);
 }
 uint64_t dense_bytes(const Step &s) {
     uint64_t most = 0;
@@ -4122,21 +4514,27 @@ void run_tile4_dense(Launch &l, const Step &s) {
 
 bool fits_tile8(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, plan.device->tiles) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
 }
 bool fits_tile16(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout) &&
-           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma) &&
+           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]), plan.device->max_shared, plan.device->tiles);
 }
 
 const bnb_tensor *input_of(const Step &s) { return s.norm ? s.norm->src[0] : s.nodes[0]->src[0]; }
 uint64_t scratch_tile(const Compiled &, const Step &s) { return half_bytes(input_of(s)); }
 
-// Fills what the calls have in common; x: where it lies in a form that the kernel takes.
-template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
+// What the choice of a kernel in [TILE4] needs.
+void fill_shape(Launch &l, const Step &s, tile4::LinearCall *c) {
     c->M = static_cast<int>(s.y->shape[0]);
     c->K = static_cast<int>(s.nodes[0]->src[1]->shape[1]);
+    c->n_sm = l.plan.device->n_sm;
+    c->max_shared = l.plan.device->max_shared;
+    c->hopper = l.plan.device->tiles;
+}
+// Fills what the calls have in common; x: where it lies in a form that the kernel takes.
+template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
     c->x = x.data;
     c->ldx = x.ld;
     c->x_f32 = !x.f16;
@@ -4175,23 +4573,23 @@ Rows tile_input(Launch &l, const Step &s, bool wide) {
 
 void run_tile4(Launch &l, const Step &s) {
     tile4::Linear4 c = {};
-    fill_tile(l, s, tile_input(l, s, s.y->shape[0] <= 16), &c);
-    fill_norm(l, s, &c);
-    c.n_sm = l.plan.device->n_sm;
+    fill_shape(l, s, &c);
     std::memcpy(c.map, s.nodes[0]->src[1]->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map, sizeof c.map);
     for (const bnb_tensor *node : s.nodes) {
         tile4::Linear4Part &p = c.part[c.n_parts++];
         fill_part(l, s, node, &p);
         p.units = node->src[1]->plane[0];
     }
+    fill_tile(l, s, tile_input(l, s, tile4::linear4_takes_f32(c)), &c);
+    fill_norm(l, s, &c);
     l.q.note(tile4::linear4(l.q.stream, c, l.q.overlap));
 }
 
 void run_tile16(Launch &l, const Step &s) {
     tile4::Linear16 c = {};
+    fill_shape(l, s, &c);
     fill_tile(l, s, tile_input(l, s, true), &c);
     fill_norm(l, s, &c);
-    c.n_sm = l.plan.device->n_sm;
     for (const bnb_tensor *node : s.nodes) {
         fill_part(l, s, node, &c);
         c.w = node->src[1]->plane[0];
@@ -4715,7 +5113,7 @@ void device_place(void *dev, bnb_tensor *t, int32_t compute_dtype) {
     const bool vector = t->n_dims == 1 && (t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16);
     t->layout = vector ? LAYOUT_NUMBERS : LAYOUT_PLANES;
 #ifdef __CUDACC__
-    if (d.tiles && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
+    if (d.mma && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
         int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
         if (bnb_type_bits(t->type) == 4 && tile4::linear4_fits(N, K, t->quant.blocksize)) t->layout = LAYOUT_TILE4;
     }
@@ -4953,21 +5351,30 @@ bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_er
 }
 
 #ifdef __CUDACC__
-// Whether this program was built for sm_90a: else the kernels of [TILE4] and [TILE8] are there, but empty.
-__global__ void hopper_kernel(int *yes) {
-#ifdef BNB__HOPPER
-    *yes = 1;
+// What this program has code for, as the device finds it: the kernels of [TILE4] and [TILE8] are always there, but empty
+// where the code that runs lacks their instructions.
+enum { CODE_MMA = 1, CODE_OVERLAP = 2, CODE_HOPPER = 4 };
+__global__ void code_kernel(int *has) {
+    int code = 0;
+#ifdef BNB__MMA
+    code |= CODE_MMA;
 #endif
-    (void)yes;
+#if __CUDA_ARCH__ >= 900
+    code |= CODE_OVERLAP; // wait_for_previous waits
+#endif
+#ifdef BNB__HOPPER
+    code |= CODE_HOPPER;
+#endif
+    *has = code;
 }
-bool has_hopper_code(Device &d) {
-    d.queue.launch(hopper_kernel, dim3(1), dim3(1), d.fault);
+int code_of(Device &d) {
+    d.queue.launch(code_kernel, dim3(1), dim3(1), d.fault);
     d.queue.note(cudaStreamSynchronize(d.queue.stream));
-    bool yes = *d.fault == 1 && d.queue.status == cudaSuccess;
+    int code = d.queue.status == cudaSuccess ? *d.fault : 0;
     *d.fault = 0;
     d.queue.status = cudaSuccess;
     (void)cudaGetLastError();
-    return yes;
+    return code;
 }
 #endif
 
@@ -5010,11 +5417,15 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     d->dense = new (std::nothrow) DenseLibrary{};
     if (d->dense) dense_open(*d->dense);
 #ifdef __CUDACC__
-    q.overlap = d->major >= 9;
-    if (d->major == 9 && has_hopper_code(*d)) {
-        d->tiles = tile4::linear4_init(d->ordinal) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess && tile8::attention_init(d->ordinal) == cudaSuccess;
-        (void)cudaGetLastError();
-    }
+    const int code = code_of(*d);
+    q.overlap = d->major >= 9 && code & CODE_OVERLAP;
+    if (code & CODE_MMA)
+        d->mma = cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal) == cudaSuccess &&
+                 tile4::linear4_init(d->ordinal, d->max_shared, false) == cudaSuccess;
+    if (code & CODE_HOPPER)
+        d->tiles = d->mma && tile4::linear4_init(d->ordinal, d->max_shared, true) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess &&
+                   tile8::attention_init(d->ordinal) == cudaSuccess;
+    (void)cudaGetLastError();
 #endif
     return d;
 }
