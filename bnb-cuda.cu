@@ -2167,8 +2167,8 @@ __device__ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* 16 bytes to shared memory, in the background; bytes = 0: zeros, and nothing is read. A thread waits until at most N of
- * its newest groups of copies are under way; others see them behind a barrier. */
+/* 16 bytes to shared memory, in the background; bytes = 0: zeros, and nothing is read. A thread waits until at most N
+ * of its newest groups of copies are under way; others see them behind a barrier. */
 __device__ inline void copy_async(void *to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
@@ -2570,9 +2570,9 @@ template <int N> __device__ inline void activate8(int act, float (&v)[N]) { /* o
 
 enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns taken at once; floats for one warp */
 
-/* Adds what x in 16 outlier columns is worth, in tf32, in two parts where f32 needs them; int8 weights are exact. Lane t
- * has columns 4 t..4 t + 3 on both sides, in place of the instruction's own order: x [column][row g, g + 8]; w[j]: four
- * weights of row 8 j + g. */
+/* Adds what x in 16 outlier columns is worth, in tf32, in two parts where f32 needs them; int8 weights are exact. Lane
+ * t has columns 4 t..4 t + 3 on both sides, in place of the instruction's own order: x [column][row g, g + 8]; w[j]:
+ * four weights of row 8 j + g. */
 __device__ __forceinline__ void outliers8(const Linear8 &l, const float (&x)[8], const uint32_t (&w)[4],
                                           const float *scb, float (&v)[16]) {
     uint32_t high[8], low[8];
@@ -3178,8 +3178,9 @@ cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int clust
 }
 
 /* ---- M > 16, mma.sync -----------------------------------------------------------------------------------------------
- * A block has one tile of y, BM x BN, and 8 warps, each of which multiplies BM / 2, / 2, / 4 rows by 32 columns (for the
- * three shapes below). Chunks of x and W go through a ring of stages, swizzled as the copy engine would. */
+ * A block has one tile of y, BM x BN, and 8 warps, each with 32 columns and 64, 32 or 16 rows of it. Chunks of x and W
+ * go through a ring of stages, swizzled as the copy engine would. Where the tiles are too few for the chip, they are
+ * smaller: K is never divided. */
 
 enum { gemm8_mma_threads = 256, gemm8_mma_stages = 3 };
 
@@ -3241,9 +3242,9 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
         copy_wait<1>();
         __syncthreads(); /* chunk c has arrived, for all, and chunk c - 1 is done with */
         load(c + 2);
-        const uint8_t *const x_at = shared + c % gemm8_mma_stages * S::stage_bytes + (warp_m + lane % 16) * linear8_chunk;
-        const uint8_t *const w_at = shared + c % gemm8_mma_stages * S::stage_bytes +
-                                    (BM + warp_n + lane / 16 * 8 + lane % 8) * linear8_chunk;
+        const uint8_t *const stage = shared + c % gemm8_mma_stages * S::stage_bytes;
+        const uint8_t *const x_at = stage + (warp_m + lane % 16) * linear8_chunk;
+        const uint8_t *const w_at = stage + BM * linear8_chunk + (warp_n + lane / 16 * 8 + lane % 8) * linear8_chunk;
 #pragma unroll
         for (int s = 0; s < linear8_chunk / 32; s++) {
             uint32_t a[MT][4], b[2][4];
@@ -3275,8 +3276,8 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
                 v[i][j / 2 * 4 + h * 2 + j % 2] = scaled8(acc[i][j / 2][h * 2 + j % 2], sca, scb[n], bias[n]);
             }
         }
-    float *const near_x = (float *)shared;                              /* [BM, near] x in outlier columns */
-    uint8_t *const near_w = (uint8_t *)(near_x + BM * gemm8_near);      /* [BN, near] W in outlier columns */
+    float *const near_x = (float *)shared;                         /* [BM, near] x in outlier columns */
+    uint8_t *const near_w = (uint8_t *)(near_x + BM * gemm8_near); /* [BN, near] W in outlier columns */
     float *const staging = (float *)(near_w + BN * gemm8_near) + warp * gemm8_staging;
     const int count = p.outliers ? p.s.count[0] : 0;
 #pragma unroll 1
@@ -3399,8 +3400,8 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
             const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
             if (e) return e;
         }
-        return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p, dim3(std::min(p.first[3], blocks * slots)),
-                      skinny8_threads, p.shared, 1, pdl, stream);
+        return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p,
+                      dim3(std::min(p.first[3], blocks * slots)), skinny8_threads, p.shared, 1, pdl, stream);
     }
     if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
     /* The largest tiles of which there are enough. */
@@ -3414,8 +3415,8 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
  *
  *   T <= 16   attention_decode: a cluster of blocks for each row and head divides the row's span; no block waits for
  *             another launch or for memory that an earlier one left behind.
- *             attention_decode_split, attention_join: without clusters a second launch joins the blocks' results. Blocks
- *             that count who is last would save it, but need a counter that outlives the launch.
+ *             attention_decode_split, attention_join: without clusters a second launch joins the blocks' results.
+ *             Blocks that count who is last would save it, but need a counter that outlives the launch.
  *   T > 16    attention_prompt: 128 rows of one head; products by wgmma, K and V by the tensor copy engine. It reads
  *             whole tiles of 128 cache rows: those between the first and the last row that its 128 rows see must
  *             hold finite numbers, also where no span covers them.
@@ -3489,8 +3490,8 @@ __device__ inline void attention_store2(const Attention &a, int t, int column, f
     else *(__half2 *)((__half *)a.y + to) = __floats2half2_rn(v, w);
 }
 
-/* q of one head, rows [t0, t0 + ROWS), in f16, by `threads` threads of which this is the i-th. unit(r, c): where columns
- * 8 c..8 c + 7 of row t0 + r go. */
+/* q of one head, rows [t0, t0 + ROWS), in f16, by `threads` threads of which this is the i-th. unit(r, c): where
+ * columns 8 c..8 c + 7 of row t0 + r go. */
 template <int DP, int ROWS, class F>
 __device__ __forceinline__ void attention_query(const Attention &a, int head, int t0, int i, int threads, F unit) {
     constexpr int ahead = 4, units = ROWS * (DP / 8);
@@ -3531,7 +3532,7 @@ __device__ inline float2 *split_sum(const Attention &a, int t, int head, int ran
     return (float2 *)(a.scratch + (size_t)a.T * a.n_head * n * a.D) + (t * a.n_head + head) * n + rank;
 }
 
-template <int LANES, int G, bool CLUSTER> /* CLUSTER: of the blocks of a row; else they leave results for attention_join */
+template <int LANES, int G, bool CLUSTER> /* CLUSTER: a row's blocks are one; else attention_join has the last word */
 __device__ __forceinline__ void decode(const Attention &a) {
     constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * decode_rows;
     __shared__ float warp_acc[decode_warps][G][width], warp_top[decode_warps][G], warp_sum[decode_warps][G];
@@ -4018,7 +4019,8 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
             for (int j = 0; j < DP / 8; j++) {
                 const int c = 8 * j + 2 * t;
                 if (c >= a.D) continue;
-                attention_store2(a, row, head * a.D + c, out[4 * j + 2 * h] * inverse, out[4 * j + 2 * h + 1] * inverse);
+                const float *const x = out + 4 * j + 2 * h;
+                attention_store2(a, row, head * a.D + c, x[0] * inverse, x[1] * inverse);
             }
         }
     }
@@ -4038,12 +4040,13 @@ template <int DP> cudaError_t attention_prompt_launch(cudaStream_t stream, const
 }
 
 /* ---- prompt, mma.sync -----------------------------------------------------------------------------------------------
- * A block of 4 warps has 16 MT rows of one head each. Tiles of K and of V take turns in a ring of three: while one is
- * multiplied the next one or two are on their way. Two blocks fit an A100's multiprocessor: one multiplies while the other
- * takes exponentials. */
+ * The 4 warps of a block have 16 MT rows of one head each. Tiles of K and of V take turns in a ring of three: while one
+ * is multiplied the next is on its way, and the one after is asked for. Two blocks fit an A100's multiprocessor: one
+ * multiplies while the other takes exponentials. */
 
 template <int DP> struct PromptMmaShape { /* DP: D rounded up to what is compiled */
-    static constexpr int MT = DP > 128 ? 1 : 2, rows = 4 * 16 * MT, tile = DP > 128 ? 32 : 64, stages = 3, threads = 128;
+    static constexpr int threads = 128, stages = 3;
+    static constexpr int MT = DP > 128 ? 1 : 2, rows = 4 * 16 * MT, tile = DP > 128 ? 32 : 64;
     /* 8 rows that ldmatrix reads together lie in different banks: swizzled, or an odd number of units apart. */
     static constexpr int pitch = DP % 64 ? DP * 2 + 16 : DP * 2, tile_bytes = tile * pitch;
     static constexpr int shared = rows * pitch + stages * tile_bytes;
@@ -4051,7 +4054,8 @@ template <int DP> struct PromptMmaShape { /* DP: D rounded up to what is compile
 };
 
 template <int DP>
-__global__ void __launch_bounds__(PromptMmaShape<DP>::threads) attention_prompt_mma(const __grid_constant__ Attention a) {
+__global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
+    attention_prompt_mma(const __grid_constant__ Attention a) {
 #ifdef BNB__MMA
     using S = PromptMmaShape<DP>;
     constexpr int MT = S::MT, tile = S::tile;
@@ -4086,8 +4090,8 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads) attention_prompt_
     const int n = first < end ? (end - first + tile - 1) / tile : 0;
 
     const long column = (long)(head / (a.n_head / a.n_head_kv)) * a.D;
-    /* Tile j / 2 of K, or of V if j is odd. Rows beyond the end may hold NaN, and 0 * NaN is NaN: they become zeros, and
-     * so do columns beyond D. Groups are counted, also empty ones. */
+    /* Tile j / 2 of K, or of V if j is odd. Rows beyond the end may hold NaN, and 0 * NaN is NaN: they become zeros,
+     * and so do columns beyond D. Groups are counted, also empty ones. */
     const auto load = [&](int j) {
         if (j < 2 * n) {
             const __half *const cache = (const __half *)(j % 2 ? a.v : a.k) + column;
@@ -4163,7 +4167,8 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads) attention_prompt_
                 top[h] = next;
 #pragma unroll
                 for (int j = 0; j < tile / 8; j++) {
-                    const float v = exp2_fast(fmaf(x[j][e], scale, -next)), w = exp2_fast(fmaf(x[j][e + 1], scale, -next));
+                    const float v = exp2_fast(fmaf(x[j][e], scale, -next));
+                    const float w = exp2_fast(fmaf(x[j][e + 1], scale, -next));
                     const __half2 pair = __floats2half2_rn(v, w);
                     weight[h / 2][2 * j + h % 2] = *(const uint32_t *)&pair;
                     s += v + w;
@@ -4211,8 +4216,8 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads) attention_prompt_
 
 template <int DP> cudaError_t attention_prompt_mma_launch(cudaStream_t stream, const Attention &a, bool pdl) {
     using S = PromptMmaShape<DP>;
-    return launch(attention_prompt_mma<DP>, a, dim3(a.n_head * ((a.T + S::rows - 1) / S::rows)), S::threads, S::shared, 1,
-                  pdl, stream);
+    return launch(attention_prompt_mma<DP>, a, dim3(a.n_head * ((a.T + S::rows - 1) / S::rows)), S::threads, S::shared,
+                  1, pdl, stream);
 }
 
 cudaError_t attention_init(int device) { /* the current one */
@@ -4247,7 +4252,8 @@ cudaError_t attention_mma_init() { /* for the current device */
     const auto allow = [&](auto kernel, int bytes) {
         if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     };
-    allow(attention_prompt_mma<64>, PromptMmaShape<64>::shared), allow(attention_prompt_mma<80>, PromptMmaShape<80>::shared);
+    allow(attention_prompt_mma<64>, PromptMmaShape<64>::shared);
+    allow(attention_prompt_mma<80>, PromptMmaShape<80>::shared);
     allow(attention_prompt_mma<96>, PromptMmaShape<96>::shared);
     allow(attention_prompt_mma<128>, PromptMmaShape<128>::shared);
     allow(attention_prompt_mma<256>, PromptMmaShape<256>::shared);
@@ -5489,8 +5495,8 @@ bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_er
 }
 
 #ifdef __CUDACC__
-// What this program has code for, as the device finds it: the kernels of [TILE4] and [TILE8] are always there, but empty
-// where the code that runs lacks their instructions.
+// What this program has code for, as the device finds it: the kernels of [TILE4] and [TILE8] are always there, but
+// empty where the code that runs lacks their instructions.
 enum { CODE_MMA = 1, CODE_OVERLAP = 2, CODE_HOPPER = 4 };
 __global__ void code_kernel(int *has) {
     int code = 0;
