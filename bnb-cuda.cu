@@ -8,8 +8,8 @@
 //        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
 //        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
-//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_90a;
-//        those for 4-bit and f16 weights are there for any NVIDIA GPU from sm_80 on, too. The rest are plain kernels.
+//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_80; those
+//        in Hopper's own instructions sm_90a. Other GPUs run the plain ones.
 #ifndef GPU
 #include <cublasLt.h>
 #include <cuda.h>
@@ -2424,7 +2424,7 @@ cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
 } // namespace tile4
 
 /* ==== [TILE8] ====================================================================================================
- * LLM.int8() and attention. */
+ * LLM.int8() and attention: for Hopper, and in plainer forms for every GPU since sm_80 (names with _mma and _split). */
 
 namespace tile8 {
 
@@ -2434,8 +2434,16 @@ namespace tile8 {
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* Programmatic dependent launch: both do nothing in a launch without the attribute. */
-__device__ inline void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ inline void barrier_init(uint64_t *bar, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
@@ -2487,11 +2495,12 @@ template <class T> __device__ inline T *cluster_peer(T *p, int rank) {
     return (T *)q;
 }
 
-int multiprocessors() { /* of the current device */
+int device_attribute(cudaDeviceAttr which) { /* of the current device */
     int device = 0, n = 0;
-    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device)) return 1;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, which, device)) return 1;
     return n;
 }
+int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 template <class P>
 cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, int cluster, bool pdl,
@@ -2588,6 +2597,37 @@ __device__ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* 16 bytes to shared memory, in the background; bytes = 0: zeros, and nothing is read. A thread waits until at most N
+ * of its newest groups of copies are under way; others see them behind a barrier. */
+__device__ inline void copy_async(void *to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+/* Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets from each the
+ * l % 4-th 4 bytes of row l / 4. For f16 also transposed: lane l gets column l / 4 of rows 2 (l % 4) and the next. */
+__device__ inline void load_matrices(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+__device__ inline void load_matrices_trans(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+/* d [16, 8] += a [16, 16] f16 * b [8, 16]^T f16, one warp. */
+__device__ inline void mma_f16(float (&d)[4], const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 /* Warpgroup products. An operand in shared memory is named by a descriptor: here always 128-byte swizzled atoms of 8
  * rows of 128 bytes, 1024 bytes apart; `atoms` is the distance of neighbours along the contiguous dimension, which
  * matters where that is not K. */
@@ -2670,11 +2710,13 @@ BNB__WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53)
 BNB__WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69)
 BNB__WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133)
 
-/* LLM.int8() on Hopper: y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
+/* LLM.int8(): y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
  *
  *   M <= 16   linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
  *             16 rows. One row of x is quantized by each block itself; more rows by linear8_quantize before.
- *   M > 16    linear8_quantize, linear8_columns (only with a threshold), linear8_gemm: wgmma m64nNk32.
+ *             linear8_skinny_mma: the same, with rings filled by cp.async in place of Hopper's copy engine.
+ *   M > 16    linear8_quantize, linear8_columns (only with a threshold), then on Hopper linear8_gemm: wgmma m64nNk32,
+ *             elsewhere linear8_gemm_mma: mma m16n8k32.
  *
  * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
  * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
@@ -2835,7 +2877,7 @@ struct Quantize8 {
 
 __global__ void __launch_bounds__(256)
     linear8_quantize(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__HOPPER /* a block for each row */
+#ifdef BNB__MMA /* a block for each row */
     constexpr int ahead = 4, step = 256 * 8;
     __shared__ float maxima[8];
     const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp;
@@ -2882,7 +2924,7 @@ __global__ void __launch_bounds__(256)
  * rule 0 the columns' codes 0. */
 enum { columns8_rows = 256 };
 __global__ void __launch_bounds__(256) linear8_columns(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__HOPPER
+#ifdef BNB__MMA
     __shared__ int before[8], last;
     const int tid = threadIdx.x, lane = tid % 32, w = blockIdx.x * 8 + tid / 32, n_words = p.s.Kp / 32, M = p.l.M;
     grid_launch_dependents();
@@ -2953,6 +2995,87 @@ template <int N> __device__ inline void activate8(int act, float (&v)[N]) { /* o
     }
 }
 
+/* A warp's 16 rows and 32 columns of y as products leave them: v[4 j + i] is in row g + i / 2 * 8, column
+ * 8 j + 2 t + i % 2, with g = lane / 4, t = lane % 4. */
+
+enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns taken at once; floats for one warp */
+
+/* Adds what x in 16 outlier columns is worth, in tf32, in two parts where f32 needs them; int8 weights are exact. Lane
+ * t has columns 4 t..4 t + 3 on both sides, in place of the instruction's own order: x [column][row g, g + 8]; w[j]:
+ * four weights of row 8 j + g. */
+__device__ __forceinline__ void outliers8(const Linear8 &l, const float (&x)[8], const uint32_t (&w)[4],
+                                          const float *scb, float (&v)[16]) {
+    uint32_t high[8], low[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        high[i] = __float_as_uint(x[i]) & 0xffffe000;
+        low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t b[4];
+        float more[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
+        mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
+        mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
+        if (l.x_f32) {
+            mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
+            mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[4 * j + i] = fmaf(more[i], scb[8 * j + threadIdx.x % 4 * 2 + i % 2] * weight8, v[4 * j + i]);
+    }
+}
+
+/* y[m0.., n0..] = v + residual. Through shared memory (staging: the warp's), so that lanes hold 4 neighbours and warps
+ * write whole lines. */
+__device__ __forceinline__ void store8(const Linear8 &l, int part, int m0, int n0, float *staging,
+                                       const float (&v)[16]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, N = l.part[part].N;
+    const long ldy = l.part[part].ldy;
+    void *const y = l.part[part].y;
+    const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
+    const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        *(float2 *)(staging + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) = make_float2(v[2 * i], v[2 * i + 1]);
+    __syncwarp();
+#pragma unroll 2
+    for (int i = 0; i < 4; i++) {
+        const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + c;
+        if (m >= l.M || n >= N) continue;
+        float4 f = *(const float4 *)(staging + r * 40 + c), e = {};
+        float *u = (float *)&f, *add = (float *)&e;
+        const float *from = l.residual + m * l.ldr + n;
+        if (l.residual && r_vec && n + 4 <= N) {
+            e = *(const float4 *)from;
+        } else if (l.residual) {
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (n + q < N) add[q] = from[q];
+        }
+#pragma unroll
+        for (int q = 0; q < 4; q++) u[q] += add[q];
+        float *to = (float *)y + m * ldy + n;
+        __half *to_half = (__half *)y + m * ldy + n;
+        if (y_vec && n + 4 <= N) {
+            const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
+            if (l.y_f32) *(float4 *)to = f;
+            else *(uint2 *)to_half = *(const uint2 *)h;
+        } else {
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                if (n + q >= N) continue;
+                if (l.y_f32) to[q] = u[q];
+                else to_half[q] = __float2half_rn(u[q]);
+            }
+        }
+    }
+    __syncwarp();
+}
+
 /* ---- M <= 16 --------------------------------------------------------------------------------------------------------
  * A panel is 16 rows of W. The warps of a block take the panel's chunks in turn, each through a ring of its own, and
  * add their sums in shared memory. */
@@ -2977,9 +3100,16 @@ struct Skinny8 {
     int shared;
 };
 
-template <int NT> /* 8 NT >= M */
-__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
-#ifdef BNB__HOPPER
+/* The oldest of `stages` groups of copies has arrived. */
+__device__ inline void skinny8_wait(int stages) {
+    if (stages == 4) copy_wait<3>();
+    else if (stages == 3) copy_wait<2>();
+    else copy_wait<1>();
+    __syncwarp();
+}
+
+template <int NT, bool ENGINE> /* 8 NT >= M; ENGINE: Hopper's, or each lane copies */
+__device__ __forceinline__ void skinny8(const Skinny8 &p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int buffers = NT == 1 ? 2 : 1; /* of sums: with two, one barrier for each panel is enough */
     const Linear8 &l = p.l;
@@ -2994,21 +3124,38 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
 
     int load_panel = warp < p.chunks ? blockIdx.x : n_panels, load_chunk = warp;
     const auto load = [&](int stage) {
-        if (load_panel >= n_panels) return;
-        if (lane == 0) {
+        if constexpr (ENGINE) {
+            if (load_panel >= n_panels) return;
+            if (lane == 0) {
+                const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
+                barrier_expect(bars + stage, skinny8_tile);
+                tensor_load(ring + stage * skinny8_tile, p.w + part, load_chunk * linear8_chunk,
+                            (load_panel - p.first[part]) * skinny8_rows, bars + stage);
+            }
+        } else {
+            if (load_panel >= n_panels) return copy_commit(); /* groups are counted, also empty ones */
             const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
-            barrier_expect(bars + stage, skinny8_tile);
-            tensor_load(ring + stage * skinny8_tile, p.w + part, load_chunk * linear8_chunk,
-                        (load_panel - p.first[part]) * skinny8_rows, bars + stage);
+            const int c = lane % 8, k = load_chunk * linear8_chunk + c * 16;
+            const int8_t *const w = (const int8_t *)l.part[part].w;
+#pragma unroll
+            for (int r = lane / 8; r < skinny8_rows; r += 4) { /* swizzled as the engine does */
+                const int n = (load_panel - p.first[part]) * skinny8_rows + r;
+                const bool inside = n < l.part[part].N && k < l.K;
+                copy_async(ring + stage * skinny8_tile + r * linear8_chunk + ((c ^ r) & 7) * 16,
+                           inside ? w + (size_t)n * l.K + k : w, inside ? 16 : 0);
+            }
+            copy_commit();
         }
         load_chunk += skinny8_warps;
         if (load_chunk >= p.chunks) load_chunk = warp, load_panel += gridDim.x;
     };
-    if (lane == 0) {
-        for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
-        barrier_init_done();
+    if constexpr (ENGINE) {
+        if (lane == 0) {
+            for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
+            barrier_init_done();
+        }
+        __syncwarp();
     }
-    __syncwarp();
     for (int i = 0; i < p.stages; i++) load(i); /* weights do not depend on the launch before */
     for (int i = tid; i < n_words; i += skinny8_threads) mask[i] = 0;
     __syncthreads();
@@ -3083,7 +3230,8 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
         float extra[4 * NT] = {}; /* row lane % 16 of the panel; x row half + 2 e */
         for (int c = warp; c < p.chunks; c += skinny8_warps) {
             const uint4 bits = *(const uint4 *)(mask + 4 * c);
-            barrier_wait(bars + stage, parity);
+            if constexpr (ENGINE) barrier_wait(bars + stage, parity);
+            else skinny8_wait(p.stages);
             const uint8_t *w = ring + stage * skinny8_tile;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -3152,13 +3300,25 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
         if (l.y_f32) ((float *)l.part[part].y)[at] = v[0];
         else ((__half *)l.part[part].y)[at] = __float2half_rn(v[0]);
     }
+}
+
+template <int NT>
+__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
+#ifdef BNB__HOPPER
+    skinny8<NT, true>(p);
+#endif
+}
+template <int NT>
+__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny_mma(const __grid_constant__ Skinny8 p) {
+#ifdef BNB__MMA
+    skinny8<NT, false>(p);
 #endif
 }
 
-enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* of a multiprocessor; of one block */
+enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* Hopper's: of a multiprocessor; of one block */
 
-/* False: beside rings of `stages` there is no room for x in two blocks on a multiprocessor. */
-bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages) {
+/* False: beside rings of `stages` there is no room for x in `room` bytes of shared memory. */
+bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages, int room) {
     const int buffers = l.M > 8 ? 1 : 2;
     p->l = l, p->s = scratch8(l), p->chunks = p->s.Kp / linear8_chunk, p->stages = stages;
     p->quantize = l.M == 1 && l.K <= skinny8_threads * skinny8_own * 8;
@@ -3170,21 +3330,24 @@ bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages) {
     p->at_out = take(buffers * skinny8_warps * l.M * 16 * 4);
     p->at_small = take((16 + 8) * 4);
     p->at_bars = take(skinny8_warps * stages * 8);
-    /* Never so little that three blocks fit: with programmatic launches the next grid would fill the room unevenly. */
-    p->shared = (int)(at < shared_total / 3 ? shared_total / 3 : at);
-    return at <= shared_total / 2 - 1024; /* 1024: the system's part */
+    p->shared = (int)at;
+    return at <= room;
 }
 
-/* False: x is too large; the tiles of linear8_gemm read it in pieces. */
-bool skinny8_plan(Skinny8 *p, const Linear8 &l) {
-    return skinny8_layout(p, l, 4) || skinny8_layout(p, l, 3) || skinny8_layout(p, l, 2);
+/* `blocks` of them shall fit a multiprocessor with `total` bytes. False: x is too large; the tiles of linear8_gemm read
+ * it in pieces. */
+bool skinny8_plan(Skinny8 *p, const Linear8 &l, int blocks, int total) {
+    const int room = total / blocks - 1024; /* 1024: the system's part */
+    p->first[0] = 0;
+    for (int i = 0; i < 3; i++)
+        p->first[i + 1] = p->first[i] + (i < l.n_parts ? (l.part[i].N + skinny8_rows - 1) / skinny8_rows : 0);
+    return skinny8_layout(p, l, 4, room) || skinny8_layout(p, l, 3, room) || skinny8_layout(p, l, 2, room);
 }
 
 cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
     const Linear8 &l = p->l;
-    p->first[0] = 0;
-    for (int i = 0; i < 3; i++)
-        p->first[i + 1] = p->first[i] + (i < l.n_parts ? (l.part[i].N + skinny8_rows - 1) / skinny8_rows : 0);
+    /* Never so little that three blocks fit: with programmatic launches the next grid would fill the room unevenly. */
+    if (p->shared < shared_total / 3) p->shared = shared_total / 3;
     for (int i = 0; i < l.n_parts; i++) {
         const cudaError_t e = tensor_map(p->w + i, 1, l.part[i].w, l.K, l.part[i].N, l.K, skinny8_rows);
         if (e) return e;
@@ -3194,12 +3357,10 @@ cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
                   stream);
 }
 
-/* ---- M > 16 ---------------------------------------------------------------------------------------------------------
+/* ---- M > 16, Hopper -------------------------------------------------------------------------------------------------
  * A tile of y is WG * 64 x BN. One warp keeps a ring of chunks of x and W full; three warps fetch what the tile's
  * columns need (SCB, bias, the weights in the first outlier columns); WG warpgroups multiply, 64 rows each. Where there
  * are too few tiles for the chip, a cluster divides K and every block finishes a part of the columns. */
-
-enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns kept in shared memory; floats for one warp */
 
 template <int WG, int BN> struct Gemm8Shape {
     static constexpr int a_bytes = WG * 64 * linear8_chunk, b_bytes = BN * linear8_chunk,
@@ -3373,10 +3534,6 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
 
         barrier_wait(side_full, side_parity);
         float *const tile_out = staging + warp * gemm8_staging;
-        const long ldy = l.part[part].ldy;
-        void *const y = l.part[part].y;
-        const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
-        const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
         /* 32 columns at a time. The loop is not unrolled: its code would be larger than the instruction cache. */
 #pragma unroll 1
         for (int group = rank * mine; group < (rank + 1) * mine; group++) {
@@ -3393,12 +3550,10 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
                 const int n = 32 * group + 8 * (i / 4) + 2 * t + i % 2;
                 v[i] = scaled8(part_acc[i], sca[i / 2 % 2], scb[n], bias[n]);
             }
-            /* Outliers: x in tf32, in two parts where f32 needs them; int8 weights are exact. Lane t has columns
-             * 4 t..4 t + 3 of 16 on both sides, in place of the instruction's own order. */
 #pragma unroll 1
             for (int j0 = 0; j0 < count; j0 += gemm8_near) {
                 float x[8];
-                uint32_t w[4], high[8], low[8]; /* x: [column][row g, g + 8] */
+                uint32_t w[4];
                 if (j0 == 0) {
                     const float4 a = *(const float4 *)(near_x + (warp * 16 + g) * gemm8_near + 4 * t);
                     const float4 b = *(const float4 *)(near_x + (warp * 16 + g + 8) * gemm8_near + 4 * t);
@@ -3424,68 +3579,10 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
                                (uint32_t)(uint8_t)at[k[4]] << 16 | (uint32_t)(uint8_t)at[k[6]] << 24;
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    high[i] = __float_as_uint(x[i]) & 0xffffe000;
-                    low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
-                }
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int n = 32 * group + 8 * j;
-                    uint32_t b[4];
-                    float more[4] = {};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
-                    mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
-                    mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
-                    if (l.x_f32) {
-                        mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
-                        mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        v[4 * j + i] = fmaf(more[i], scb[n + 2 * t + i % 2] * weight8, v[4 * j + i]);
-                }
+                outliers8(l, x, w, scb + 32 * group, v);
             }
             activate8(l.act, v);
-            /* Through shared memory, so that lanes hold 4 neighbours and warps write whole lines. */
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                *(float2 *)(tile_out + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) =
-                    make_float2(v[2 * i], v[2 * i + 1]);
-            __syncwarp();
-#pragma unroll 2
-            for (int i = 0; i < 4; i++) {
-                const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + 32 * group + c;
-                if (m >= l.M || n >= N) continue;
-                float4 f = *(const float4 *)(tile_out + r * 40 + c), e = {};
-                float *u = (float *)&f, *add = (float *)&e;
-                const float *from = l.residual + m * l.ldr + n;
-                if (l.residual && r_vec && n + 4 <= N) {
-                    e = *(const float4 *)from;
-                } else if (l.residual) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++)
-                        if (n + q < N) add[q] = from[q];
-                }
-#pragma unroll
-                for (int q = 0; q < 4; q++) u[q] += add[q];
-                float *to = (float *)y + m * ldy + n;
-                __half *to_half = (__half *)y + m * ldy + n;
-                if (y_vec && n + 4 <= N) {
-                    const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
-                    if (l.y_f32) *(float4 *)to = f;
-                    else *(uint2 *)to_half = *(const uint2 *)h;
-                } else {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        if (n + q >= N) continue;
-                        if (l.y_f32) to[q] = u[q];
-                        else to_half[q] = __float2half_rn(u[q]);
-                    }
-                }
-            }
-            __syncwarp();
+            store8(l, part, m0, n0 + 32 * group, tile_out, v);
         }
         if (lane == 0) barrier_arrive(side_empty);
     }
@@ -3510,6 +3607,155 @@ cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int clust
                   stream);
 }
 
+/* ---- M > 16, mma.sync -----------------------------------------------------------------------------------------------
+ * A block has one tile of y, BM x BN, and 8 warps, each with 32 columns and 64, 32 or 16 rows of it. Chunks of x and W
+ * go through a ring of stages, swizzled as the copy engine would. Where the tiles are too few for the chip, they are
+ * smaller: K is never divided. */
+
+enum { gemm8_mma_threads = 256, gemm8_mma_stages = 3 };
+
+template <int BM, int BN> struct Gemm8MmaShape {
+    static constexpr int stage_bytes = (BM + BN) * linear8_chunk, ring_bytes = gemm8_mma_stages * stage_bytes;
+    static constexpr int warps_n = BN / 32, warps_m = 8 / warps_n, warp_rows = BM / warps_m;
+    static constexpr int shared = ring_bytes + BN * 8;
+    /* behind the product the ring's place holds x and W in outlier columns and the warps' staging */
+    static_assert(BM * gemm8_near * 4 + BN * gemm8_near + 8 * gemm8_staging * 4 <= ring_bytes, "no room");
+};
+
+struct Gemm8Mma {
+    Linear8 l;
+    Scratch8 s;
+    int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
+    int m_tiles, chunks;
+    int outliers; /* 1: list and count are valid */
+};
+
+template <int BM, int BN>
+__global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __grid_constant__ Gemm8Mma p) {
+#ifdef BNB__MMA
+    using S = Gemm8MmaShape<BM, BN>;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    constexpr int MT = S::warp_rows / 16;
+    float *const scb = (float *)(shared + S::ring_bytes), *const bias = scb + BN; /* [BN] */
+    const Linear8 &l = p.l;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const int column = blockIdx.x / p.m_tiles, part = (column >= p.first[1]) + (column >= p.first[2]);
+    const int m0 = blockIdx.x % p.m_tiles * BM, n0 = (column - p.first[part]) * BN, N = l.part[part].N;
+    const int warp_m = warp / S::warps_n * S::warp_rows, warp_n = warp % S::warps_n * 32;
+    const int8_t *const w = (const int8_t *)l.part[part].w;
+
+    const auto load = [&](int c) { /* chunk c to its stage; groups are counted, also empty ones */
+        if (c < p.chunks) {
+            uint8_t *const to = shared + c % gemm8_mma_stages * S::stage_bytes; /* x [BM, 128], W [BN, 128] */
+            const int k = c * linear8_chunk + tid % 8 * 16;
+#pragma unroll
+            for (int i = 0; i < (BM + BN) / 32; i++) {
+                const int r = tid / 8 + 32 * i, m = m0 + r, n = n0 + r - BM;
+                const bool of_x = i < BM / 32, inside = of_x ? m < l.M : n < N && k < l.K;
+                const int8_t *const from = of_x ? p.s.codes + (size_t)m * p.s.Kp + k : w + (size_t)n * l.K + k;
+                copy_async(to + r * linear8_chunk + ((tid ^ r) & 7) * 16, inside ? from : w, inside ? 16 : 0);
+            }
+        }
+        copy_commit();
+    };
+    grid_launch_dependents();
+    grid_wait();
+    for (int i = tid; i < BN; i += gemm8_mma_threads) {
+        const int n = min(n0 + i, N - 1);
+        scb[i] = l.part[part].scb[n];
+        bias[i] = l.part[part].bias ? l.part[part].bias[n] : 0;
+    }
+    int acc[MT][4][4] = {}; /* [16 rows][8 columns][as in outliers8] */
+    load(0);
+    load(1);
+    for (int c = 0; c < p.chunks; c++) {
+        copy_wait<1>();
+        __syncthreads(); /* chunk c has arrived, for all, and chunk c - 1 is done with */
+        load(c + 2);
+        const uint8_t *const stage = shared + c % gemm8_mma_stages * S::stage_bytes;
+        const uint8_t *const x_at = stage + (warp_m + lane % 16) * linear8_chunk;
+        const uint8_t *const w_at = stage + BM * linear8_chunk + (warp_n + lane / 16 * 8 + lane % 8) * linear8_chunk;
+#pragma unroll
+        for (int s = 0; s < linear8_chunk / 32; s++) {
+            uint32_t a[MT][4], b[2][4];
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+                load_matrices(a[i], x_at + i * 16 * linear8_chunk + (((2 * s + lane / 16) ^ lane) & 7) * 16);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                load_matrices(b[j], w_at + j * 16 * linear8_chunk + (((2 * s + lane / 8 % 2) ^ lane) & 7) * 16);
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    mma_s8(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+    }
+    copy_wait<0>();
+
+    float v[MT][16];
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int m = m0 + warp_m + 16 * i + g + 8 * h;
+            const float sca = m < l.M ? p.s.sca[m] : 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int n = warp_n + j / 2 * 8 + 2 * t + j % 2;
+                v[i][j / 2 * 4 + h * 2 + j % 2] = scaled8(acc[i][j / 2][h * 2 + j % 2], sca, scb[n], bias[n]);
+            }
+        }
+    float *const near_x = (float *)shared;                         /* [BM, near] x in outlier columns */
+    uint8_t *const near_w = (uint8_t *)(near_x + BM * gemm8_near); /* [BN, near] W in outlier columns */
+    float *const staging = (float *)(near_w + BN * gemm8_near) + warp * gemm8_staging;
+    const int count = p.outliers ? p.s.count[0] : 0;
+#pragma unroll 1
+    for (int j0 = 0; j0 < count; j0 += gemm8_near) {
+        __syncthreads(); /* what lies in this place has been read */
+        const int k[1] = {p.s.list[min(j0 + tid % gemm8_near, count - 1)]};
+#pragma unroll 4
+        for (int r = tid / gemm8_near; r < BM; r += gemm8_mma_threads / gemm8_near) {
+            const int m[1] = {min(m0 + r, l.M - 1)};
+            float x[1];
+            x_outliers8(l, m, k, x);
+            near_x[r * gemm8_near + tid % gemm8_near] = j0 + tid % gemm8_near < count ? x[0] : 0;
+        }
+#pragma unroll 4
+        for (int r = tid / gemm8_near; r < BN; r += gemm8_mma_threads / gemm8_near)
+            near_w[r * gemm8_near + tid % gemm8_near] = (uint8_t)w[(size_t)min(n0 + r, N - 1) * l.K + k[0]];
+        __syncthreads();
+        uint32_t b[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) b[j] = ((const uint32_t *)near_w)[(warp_n + 8 * j + g) * 4 + t];
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            const float *const at = near_x + (warp_m + 16 * i + g) * gemm8_near + 4 * t;
+            const float4 low = *(const float4 *)at, high = *(const float4 *)(at + 8 * gemm8_near);
+            const float x[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+            outliers8(l, x, b, scb + warp_n, v[i]);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+        activate8(l.act, v[i]);
+        store8(l, part, m0 + warp_m + 16 * i, n0 + warp_n, staging, v[i]);
+    }
+#endif
+}
+
+template <int BM, int BN> cudaError_t linear8_gemm_mma_launch(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    Gemm8Mma p;
+    p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk;
+    p.m_tiles = (l.M + BM - 1) / BM;
+    p.outliers = l.threshold > 0;
+    p.first[0] = 0;
+    for (int i = 0; i < 3; i++) p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + BN - 1) / BN : 0);
+    return launch(linear8_gemm_mma<BM, BN>, p, dim3(p.m_tiles * p.first[3]), gemm8_mma_threads,
+                  Gemm8MmaShape<BM, BN>::shared, 1, pdl, stream);
+}
+
 int tiles8(const Linear8 &l, int bm, int bn) {
     int n = 0;
     for (int i = 0; i < l.n_parts; i++) n += (l.part[i].N + bn - 1) / bn;
@@ -3530,17 +3776,20 @@ cudaError_t linear8_init(int device) { /* the current one */
     return e;
 }
 
-cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
+/* What the large products ask for: x in int8 and its outlier columns. */
+cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool pdl) {
     const Quantize8 q = {l, scratch8(l)};
-    cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
-    if (!e && l.threshold > 0)
-        e = launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0,
-                   1, pdl, stream);
-    if (e) return e;
+    const cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
+    if (e || !(l.threshold > 0)) return e;
+    return launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0, 1,
+                  pdl, stream);
+}
 
+cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
     const int slots = multiprocessors(), bm = l.M <= 64 ? 64 : 128, narrow = tiles8(l, bm, 128);
     int cluster = 1;
-    while (cluster < 4 && narrow * cluster * 2 <= slots && q.s.Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
+    while (cluster < 4 && narrow * cluster * 2 <= slots && scratch8(l).Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
     if (bm == 64) return linear8_gemm_launch<1, 128>(stream, l, cluster, pdl);
     /* A wide tile costs about 1.8 narrow ones. */
     const int wide_waves = (tiles8(l, bm, 256) + slots - 1) / slots, narrow_waves = (narrow + slots - 1) / slots;
@@ -3550,7 +3799,7 @@ cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
 
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
     Skinny8 p;
-    if (l.M > 16 || !skinny8_plan(&p, l)) return linear8_large(stream, l, pdl);
+    if (l.M > 16 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
     if (!p.quantize) {
         const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
         if (e) return e;
@@ -3558,14 +3807,50 @@ cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
     return linear8_skinny_launch(stream, &p, pdl);
 }
 
-/* Attention over an f16 cache on Hopper: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
+/* The same for every GPU since sm_80. */
+cudaError_t linear8_mma_init() { /* for the current device */
+    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    cudaError_t e = cudaSuccess;
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(linear8_skinny_mma<1>, limit), allow(linear8_skinny_mma<2>, limit);
+    allow(linear8_gemm_mma<128, 128>, Gemm8MmaShape<128, 128>::shared);
+    allow(linear8_gemm_mma<64, 128>, Gemm8MmaShape<64, 128>::shared);
+    allow(linear8_gemm_mma<64, 64>, Gemm8MmaShape<64, 64>::shared);
+    return e;
+}
+
+cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    const int slots = multiprocessors(), total = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    Skinny8 p;
+    for (int blocks = 2; l.M <= 16 && blocks > 0; blocks--) {
+        if (!skinny8_plan(&p, l, blocks, total)) continue;
+        if (!p.quantize) {
+            const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
+            if (e) return e;
+        }
+        return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p,
+                      dim3(std::min(p.first[3], blocks * slots)), skinny8_threads, p.shared, 1, pdl, stream);
+    }
+    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
+    /* The largest tiles of which there are enough. */
+    if (l.M > 64 && tiles8(l, 128, 128) >= slots) return linear8_gemm_mma_launch<128, 128>(stream, l, pdl);
+    if (tiles8(l, 64, 128) >= slots) return linear8_gemm_mma_launch<64, 128>(stream, l, pdl);
+    return linear8_gemm_mma_launch<64, 64>(stream, l, pdl);
+}
+
+/* Attention over an f16 cache: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
  * row t's span. Spans are data: no launch depends on them, and blocks that have nothing to do leave.
  *
  *   T <= 16   attention_decode: a cluster of blocks for each row and head divides the row's span; no block waits for
  *             another launch or for memory that an earlier one left behind.
+ *             attention_decode_split, attention_join: without clusters a second launch joins the blocks' results.
+ *             Blocks that count who is last would save it, but need a counter that outlives the launch.
  *   T > 16    attention_prompt: 128 rows of one head; products by wgmma, K and V by the tensor copy engine. It reads
  *             whole tiles of 128 cache rows: those between the first and the last row that its 128 rows see must
  *             hold finite numbers, also where no span covers them.
+ *             attention_prompt_mma: the same by mma.sync and cp.async.
  *
  * Sums have a fixed order: the same bits in every run. */
 
@@ -3585,7 +3870,8 @@ struct Attention {
     float scale;
     void *y; /* [T, n_head * D], rows ldy elements apart */
     long ldy;
-    int y_f32;     /* else f16 */
+    int y_f32;      /* else f16 */
+    float *scratch; /* attention_mma: attention_scratch() bytes; no state between launches */
 };
 
 bool attention_fits(const Attention &a) {
@@ -3627,6 +3913,37 @@ __device__ inline void attention_store(const Attention &a, int t, int column, fl
     if (a.y_f32) ((float *)a.y)[t * a.ldy + column] = v;
     else ((__half *)a.y)[t * a.ldy + column] = __float2half_rn(v);
 }
+__device__ inline void attention_store2(const Attention &a, int t, int column, float v, float w) { /* an even column */
+    const long to = t * a.ldy + column;
+    if (a.ldy % 2 || (uintptr_t)a.y % 8) attention_store(a, t, column, v), attention_store(a, t, column + 1, w);
+    else if (a.y_f32) *(float2 *)((float *)a.y + to) = make_float2(v, w);
+    else *(__half2 *)((__half *)a.y + to) = __floats2half2_rn(v, w);
+}
+
+/* q of one head, rows [t0, t0 + ROWS), in f16, by `threads` threads of which this is the i-th. unit(r, c): where
+ * columns 8 c..8 c + 7 of row t0 + r go. */
+template <int DP, int ROWS, class F>
+__device__ __forceinline__ void attention_query(const Attention &a, int head, int t0, int i, int threads, F unit) {
+    constexpr int ahead = 4, units = ROWS * (DP / 8);
+    const int size = a.q_f32 ? 4 : 2;
+    const bool aligned = (((uintptr_t)a.q | (uintptr_t)(a.ldq * size) | (uintptr_t)(a.D * size)) & 15) == 0;
+    const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * size;
+    for (int u0 = i; u0 < units; u0 += ahead * threads) {
+        uint4 x[ahead];
+        int at[ahead];
+#pragma unroll
+        for (int j = 0; j < ahead; j++) { /* rows beyond T repeat the last: their results are not stored */
+            const int u = min(u0 + j * threads, units - 1);
+            at[j] = min(u / (DP / 8), a.T - 1 - t0) * (int)a.ldq + min(u % (DP / 8) * 8, a.D - 8);
+        }
+        load_half8(from, a.q_f32, aligned, at, x);
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            const int u = u0 + j * threads, r = u / (DP / 8), c = u % (DP / 8);
+            if (u < units) *unit(r, c) = c * 8 < a.D ? x[j] : make_uint4(0, 0, 0, 0);
+        }
+    }
+}
 
 /* ---- decode ---------------------------------------------------------------------------------------------------------
  * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D); G heads share it. Each group of lanes takes cache rows
@@ -3637,16 +3954,24 @@ enum { decode_warps = 8, decode_rows = 4, decode_cluster = 8 }; /* rows: what a 
 
 constexpr float no_score = -1e30f; /* less than any score; its differences are finite */
 
-template <int LANES, int G>
-__global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
-#ifdef BNB__HOPPER
+/* What block `rank` of n has in scratch: [T][n_head][n][D] weighted values, then [T][n_head][n] maximum and sum. */
+__device__ inline float *split_values(const Attention &a, int t, int head, int rank, int n) {
+    return a.scratch + (size_t)((t * a.n_head + head) * n + rank) * a.D;
+}
+__device__ inline float2 *split_sum(const Attention &a, int t, int head, int rank, int n) {
+    return (float2 *)(a.scratch + (size_t)a.T * a.n_head * n * a.D) + (t * a.n_head + head) * n + rank;
+}
+
+template <int LANES, int G, bool CLUSTER> /* CLUSTER: a row's blocks are one; else attention_join has the last word */
+__device__ __forceinline__ void decode(const Attention &a) {
     constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * decode_rows;
     __shared__ float warp_acc[decode_warps][G][width], warp_top[decode_warps][G], warp_sum[decode_warps][G];
-    __shared__ float block_acc[decode_cluster][G][width], block_top[decode_cluster][G],
-        block_sum[decode_cluster][G]; /* rank 0's */
+    constexpr int peers = CLUSTER ? decode_cluster : 1;
+    __shared__ float block_acc[peers][G][width], block_top[peers][G], block_sum[peers][G]; /* rank 0's */
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / LANES, d = lane % LANES * 8;
     const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
-    if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
+    if constexpr (CLUSTER)
+        if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
     grid_wait();
     const int2 span = attention_span(a, t);
     const int first = span.x, end = span.y;
@@ -3661,7 +3986,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
     /* Short spans are the first blocks' alone. */
     const int used = min(n_ranks, (end - first + decode_warps * step - 1) / (decode_warps * step));
     if (rank >= max(used, 1) || used == 0) {
-        if (n_ranks > 1) cluster_wait(); /* who leaves between arrival and completion might be counted twice */
+        if constexpr (CLUSTER)
+            if (n_ranks > 1) cluster_wait(); /* who leaves between arrival and completion might be counted twice */
         if (rank > 0) return;
         for (int i = tid; i < G * a.D; i += decode_warps * 32) attention_store(a, t, head * a.D + i, 0);
         return;
@@ -3756,7 +4082,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         if (lane == 0) warp_top[warp][h] = top[h], warp_sum[warp][h] = sum[h];
     }
     __syncthreads();
-    if (n_ranks > 1) cluster_wait();
+    if constexpr (CLUSTER)
+        if (n_ranks > 1) cluster_wait();
     for (int e = tid; e < G * width; e += decode_warps * 32) {
         const int h = e / width, i = e % width;
         float next = no_score, total = 0, out = 0;
@@ -3769,25 +4096,91 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         }
         if (used == 1) {
             if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
+        } else if constexpr (!CLUSTER) {
+            if (i < a.D) split_values(a, t, head + h, rank, n_ranks)[i] = out;
+            if (i == 0) *split_sum(a, t, head + h, rank, n_ranks) = make_float2(next, total);
         } else {
             *cluster_peer(&block_acc[rank][h][i], 0) = out;
             if (i == 0) *cluster_peer(&block_top[rank][h], 0) = next, *cluster_peer(&block_sum[rank][h], 0) = total;
         }
     }
-    if (used == 1) return;
-    cluster_sync();
-    if (rank > 0) return;
-    for (int e = tid; e < G * width; e += decode_warps * 32) {
-        const int h = e / width, i = e % width;
-        float next = no_score, total = 0, out = 0;
-        for (int r = 0; r < used; r++) next = fmaxf(next, block_top[r][h]);
-        for (int r = 0; r < used; r++) {
-            const float keep = exp2_fast(block_top[r][h] - next);
-            total += keep * block_sum[r][h], out += keep * block_acc[r][h][i];
+    if constexpr (CLUSTER) {
+        if (used == 1) return;
+        cluster_sync();
+        if (rank > 0) return;
+        for (int e = tid; e < G * width; e += decode_warps * 32) {
+            const int h = e / width, i = e % width;
+            float next = no_score, total = 0, out = 0;
+            for (int r = 0; r < used; r++) next = fmaxf(next, block_top[r][h]);
+            for (int r = 0; r < used; r++) {
+                const float keep = exp2_fast(block_top[r][h] - next);
+                total += keep * block_sum[r][h], out += keep * block_acc[r][h][i];
+            }
+            if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
         }
-        if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
     }
+}
+
+template <int LANES, int G>
+__global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
+#ifdef BNB__HOPPER
+    decode<LANES, G, true>(a);
 #endif
+}
+template <int LANES, int G>
+__global__ void __launch_bounds__(decode_warps * 32) attention_decode_split(const __grid_constant__ Attention a) {
+#ifdef BNB__MMA
+    decode<LANES, G, false>(a);
+#endif
+}
+
+/* How a launch of attention_decode_split divides its work. */
+struct Split {
+    Attention a;
+    int lanes, G;
+    int rows; /* of the cache that a block takes at a time */
+    int n;    /* blocks for each row of q and G heads, at most */
+};
+
+enum { split_threads = 256, split_most = 32 };
+
+Split attention_split(const Attention &a, int n_sm) {
+    const int lanes = a.D <= 64 ? 8 : a.D <= 128 ? 16 : 32, shared_by = a.n_head / a.n_head_kv;
+    const int G = shared_by % 4 == 0 && lanes < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
+    const int rows = decode_warps * decode_rows * (32 / lanes);
+    const int n = std::min({n_sm / (a.T * (a.n_head / G)), (a.R + rows - 1) / rows, (int)split_most});
+    return {a, lanes, G, rows, std::max(n, 1)};
+}
+
+/* Where more than one block has worked: y of one head and row. 256 threads, at least D. */
+__global__ void __launch_bounds__(split_threads) attention_join(const __grid_constant__ Split s) {
+#ifdef BNB__MMA
+    const Attention &a = s.a;
+    const int head = blockIdx.x, t = blockIdx.y, i = threadIdx.x;
+    grid_launch_dependents();
+    grid_wait();
+    const int2 span = attention_span(a, t);
+    const int used = min(s.n, (span.y - span.x + s.rows - 1) / s.rows);
+    if (used < 2 || i >= a.D) return;
+    float next = no_score, total = 0, out = 0;
+    for (int r = 0; r < used; r++) next = fmaxf(next, split_sum(a, t, head, r, s.n)->x);
+    for (int r = 0; r < used; r++) {
+        const float2 part = *split_sum(a, t, head, r, s.n);
+        const float keep = exp2_fast(part.x - next);
+        total += keep * part.y, out += keep * split_values(a, t, head, r, s.n)[i];
+    }
+    attention_store(a, t, head * a.D + i, out / total);
+#endif
+}
+
+template <int LANES> cudaError_t attention_split_launch(cudaStream_t stream, const Split &s, bool pdl) {
+    const Attention &a = s.a;
+    void (*kernel)(Attention) = s.G == 4 ? attention_decode_split < LANES, LANES < 32 ? 4 : 2 >
+        : s.G == 2                       ? attention_decode_split<LANES, 2>
+                                         : attention_decode_split<LANES, 1>;
+    const cudaError_t e = launch(kernel, a, dim3(s.n, a.n_head / s.G, a.T), decode_warps * 32, 0, 1, pdl, stream);
+    if (e || s.n == 1) return e;
+    return launch(attention_join, s, dim3(a.n_head, a.T), split_threads, 0, 1, pdl, stream);
 }
 
 template <int LANES>
@@ -3803,7 +4196,7 @@ cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, boo
     return launch(kernel, a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
 }
 
-/* ---- prompt ---------------------------------------------------------------------------------------------------------
+/* ---- prompt, Hopper -------------------------------------------------------------------------------------------------
  * One block on each multiprocessor works through tiles of 128 rows of one head. Two warpgroups take 64 rows each; while
  * one turns the scores of a tile of the cache into weights, the tensor cores multiply: the scores of the next tile are
  * asked for before the values of this one. One warp keeps K and V coming, three bring the next q in f16. */
@@ -3863,31 +4256,13 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
     grid_wait();
     int head, t0, first, end;
     /* Spans and q of the tile at t0, by `threads` threads of which this is the i-th. */
-    const bool aligned =
-        (((uintptr_t)a.q | (uintptr_t)(a.ldq * (a.q_f32 ? 4 : 2)) | (uintptr_t)(a.D * (a.q_f32 ? 4 : 2))) & 15) == 0;
     const auto load_query = [&](int buffer, int i, int threads) {
-        constexpr int ahead = 4, units = 128 * (DP / 8);
         uint8_t *const to = shared + buffer * S::q_bytes; /* [2][atoms][64, 64] f16 */
-        const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * (a.q_f32 ? 4 : 2);
         for (int r = i; r < 128; r += threads)
             spans[buffer * 128 + r] = t0 + r < a.T ? attention_span(a, t0 + r) : make_int2(0, 0);
-        for (int u0 = i; u0 < units; u0 += ahead * threads) {
-            uint4 x[ahead];
-            int at[ahead];
-#pragma unroll
-            for (int j = 0; j < ahead; j++) { /* rows beyond T repeat the last: their results are not stored */
-                const int u = min(u0 + j * threads, units - 1);
-                at[j] = min(u / (DP / 8), a.T - 1 - t0) * (int)a.ldq + min(u % (DP / 8) * 8, a.D - 8);
-            }
-            load_half8(from, a.q_f32, aligned, at, x);
-#pragma unroll
-            for (int j = 0; j < ahead; j++) {
-                const int u = u0 + j * threads, r = u / (DP / 8), c = u % (DP / 8);
-                if (u < units)
-                    *(uint4 *)(to + r / 64 * (S::q_bytes / 2) + c / 8 * (64 * 128) + r % 64 * 128 +
-                               ((c ^ r) & 7) * 16) = c * 8 < a.D ? x[j] : make_uint4(0, 0, 0, 0);
-            }
-        }
+        attention_query<DP, 128>(a, head, t0, i, threads, [&](int r, int c) {
+            return (uint4 *)(to + r / 64 * (S::q_bytes / 2) + c / 8 * (64 * 128) + r % 64 * 128 + ((c ^ r) & 7) * 16);
+        });
         fence_async();
     };
     prompt_work(p, 0, &head, &t0);
@@ -4074,15 +4449,8 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
             for (int j = 0; j < DP / 8; j++) {
                 const int c = 8 * j + 2 * t;
                 if (c >= a.D) continue;
-                const float x = out[4 * j + 2 * h] * inverse, z = out[4 * j + 2 * h + 1] * inverse;
-                const long to_y = row * a.ldy + head * a.D + c;
-                if (a.ldy % 2 || (uintptr_t)a.y % 8) {
-                    attention_store(a, row, head * a.D + c, x), attention_store(a, row, head * a.D + c + 1, z);
-                } else if (a.y_f32) {
-                    *(float2 *)((float *)a.y + to_y) = make_float2(x, z);
-                } else {
-                    *(__half2 *)((__half *)a.y + to_y) = __floats2half2_rn(x, z);
-                }
+                const float *const x = out + 4 * j + 2 * h;
+                attention_store2(a, row, head * a.D + c, x[0] * inverse, x[1] * inverse);
             }
         }
     }
@@ -4099,6 +4467,187 @@ template <int DP> cudaError_t attention_prompt_launch(cudaStream_t stream, const
     if (e) return e;
     return launch(attention_prompt<DP>, p, dim3(p.work < slots ? p.work : slots), 384, PromptShape<DP>::shared, 1, pdl,
                   stream);
+}
+
+/* ---- prompt, mma.sync -----------------------------------------------------------------------------------------------
+ * The 4 warps of a block have 16 MT rows of one head each. Tiles of K and of V take turns in a ring of three: while one
+ * is multiplied the next is on its way, and the one after is asked for. Two blocks fit an A100's multiprocessor: one
+ * multiplies while the other takes exponentials. */
+
+template <int DP> struct PromptMmaShape { /* DP: D rounded up to what is compiled */
+    static constexpr int threads = 128, stages = 3;
+    static constexpr int MT = DP > 128 ? 1 : 2, rows = 4 * 16 * MT, tile = DP > 128 ? 32 : 64;
+    /* 8 rows that ldmatrix reads together lie in different banks: swizzled, or an odd number of units apart. */
+    static constexpr int pitch = DP % 64 ? DP * 2 + 16 : DP * 2, tile_bytes = tile * pitch;
+    static constexpr int shared = rows * pitch + stages * tile_bytes;
+    __device__ static int unit(int r, int c) { return r * pitch + (DP % 64 ? c : c ^ (r & 7)) * 16; }
+};
+
+template <int DP>
+__global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
+    attention_prompt_mma(const __grid_constant__ Attention a) {
+#ifdef BNB__MMA
+    using S = PromptMmaShape<DP>;
+    constexpr int MT = S::MT, tile = S::tile;
+    extern __shared__ __align__(1024) uint8_t shared[]; /* q [rows, DP] */
+    uint8_t *const ring = shared + S::rows * S::pitch;  /* [stages][tile, DP]: K, V, K, V, .. */
+    __shared__ int firsts[4], ends[4];                  /* of the warps' rows */
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const int tiles = gridDim.x / a.n_head, head = blockIdx.x % a.n_head;
+    const int t0 = (tiles - 1 - (int)blockIdx.x / a.n_head) * S::rows; /* later rows usually see more: they begin */
+    grid_launch_dependents();
+    grid_wait();
+    attention_query<DP, S::rows>(a, head, t0, tid, S::threads,
+                                 [&](int r, int c) { return (uint4 *)(shared + S::unit(r, c)); });
+    /* What any and what every row of this warp sees; the lane's own rows are g + 8 i. */
+    const auto span_of = [&](int i) {
+        const int row = t0 + warp * 16 * MT + g + 8 * i;
+        return row < a.T ? attention_span(a, row) : make_int2(0, 0);
+    };
+    int warp_first = INT_MAX, warp_end = 0, latest = 0, earliest = INT_MAX;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int2 s = span_of(i);
+        if (s.x < s.y) warp_first = min(warp_first, s.x), warp_end = max(warp_end, s.y);
+        latest = max(latest, s.x), earliest = min(earliest, s.y);
+    }
+    warp_first = __reduce_min_sync(~0u, warp_first), warp_end = __reduce_max_sync(~0u, warp_end);
+    latest = __reduce_max_sync(~0u, latest), earliest = __reduce_min_sync(~0u, earliest);
+    if (lane == 0) firsts[warp] = warp_first, ends[warp] = warp_end;
+    __syncthreads();
+    const int first = min(min(firsts[0], firsts[1]), min(firsts[2], firsts[3]));
+    const int end = max(max(ends[0], ends[1]), max(ends[2], ends[3]));
+    const int n = first < end ? (end - first + tile - 1) / tile : 0;
+
+    const long column = (long)(head / (a.n_head / a.n_head_kv)) * a.D;
+    /* Tile j / 2 of K, or of V if j is odd. Rows beyond the end may hold NaN, and 0 * NaN is NaN: they become zeros,
+     * and so do columns beyond D. Groups are counted, also empty ones. */
+    const auto load = [&](int j) {
+        if (j < 2 * n) {
+            const __half *const cache = (const __half *)(j % 2 ? a.v : a.k) + column;
+            uint8_t *const stage = ring + j % S::stages * S::tile_bytes;
+            const int r0 = first + j / 2 * tile;
+#pragma unroll
+            for (int i = 0; i < tile * (DP / 8) / S::threads; i++) {
+                const int u = tid + i * S::threads, r = u / (DP / 8), c = u % (DP / 8);
+                const bool inside = r0 + r < end && c * 8 < a.D;
+                copy_async(stage + S::unit(r, c), inside ? cache + (r0 + r) * a.ldkv + c * 8 : cache, inside ? 16 : 0);
+            }
+        }
+        copy_commit();
+    };
+    static_assert(tile * (DP / 8) % S::threads == 0, "a tile is copied in whole rounds");
+
+    const float scale = a.scale * 1.44269504f; /* for exp2 */
+    const uint8_t *const query = shared + warp * 16 * MT * S::pitch;
+    float out[MT][DP / 8][4] = {}, top[2 * MT], sum[2 * MT] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) top[i] = no_score;
+    load(0);
+    load(1);
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
+        const int r0 = first + i * tile;
+        const bool seen = r0 < warp_end && r0 + tile > warp_first; /* by a row of this warp */
+        uint32_t weight[MT][tile / 4]; /* f16 pairs: the left operand of the second product */
+        copy_wait<1>();
+        __syncthreads(); /* this K has arrived, for all, and the V before is done with */
+        load(2 * i + 2);
+        if (seen) {
+            const uint8_t *const k = ring + 2 * i % S::stages * S::tile_bytes;
+            float score[MT][tile / 8][4] = {};
+#pragma unroll
+            for (int s = 0; s < DP / 16; s++) {
+                uint32_t x[MT][4], b[4];
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+                    load_matrices(x[m], query + S::unit(16 * m + lane % 16, 2 * s + lane / 16));
+#pragma unroll
+                for (int j = 0; j < tile / 16; j++) {
+                    load_matrices(b, k + S::unit(16 * j + lane / 16 * 8 + lane % 8, 2 * s + lane / 8 % 2));
+#pragma unroll
+                    for (int m = 0; m < MT; m++)
+                        mma_f16(score[m][2 * j], x[m], b[0], b[1]), mma_f16(score[m][2 * j + 1], x[m], b[2], b[3]);
+                }
+            }
+            if (r0 < latest || r0 + tile > earliest) {
+#pragma unroll
+                for (int h = 0; h < 2 * MT; h++) {
+                    const int2 s = span_of(h);
+#pragma unroll
+                    for (int j = 0; j < tile / 8; j++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const int r = r0 + 8 * j + 2 * t + e;
+                            if (r < s.x || r >= s.y) score[h / 2][j][h % 2 * 2 + e] = -INFINITY;
+                        }
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2 * MT; h++) {
+                float(&x)[tile / 8][4] = score[h / 2];
+                const int e = h % 2 * 2;
+                float next = no_score, s = 0;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++) next = fmaxf(next, fmaxf(x[j][e], x[j][e + 1]));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 1));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
+                next = fmaxf(next * scale, top[h]);
+                const float keep = exp2_fast(top[h] - next); /* what older sums are worth now */
+                top[h] = next;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++) {
+                    const float v = exp2_fast(fmaf(x[j][e], scale, -next));
+                    const float w = exp2_fast(fmaf(x[j][e + 1], scale, -next));
+                    const __half2 pair = __floats2half2_rn(v, w);
+                    weight[h / 2][2 * j + h % 2] = *(const uint32_t *)&pair;
+                    s += v + w;
+                }
+                sum[h] = sum[h] * keep + s; /* of this lane's columns */
+#pragma unroll
+                for (int j = 0; j < DP / 8; j++) out[h / 2][j][e] *= keep, out[h / 2][j][e + 1] *= keep;
+            }
+        }
+        copy_wait<1>();
+        __syncthreads(); /* this V has arrived, and this K is done with */
+        load(2 * i + 3);
+        if (seen) {
+            const uint8_t *const v = ring + (2 * i + 1) % S::stages * S::tile_bytes;
+#pragma unroll
+            for (int s = 0; s < tile / 16; s++)
+#pragma unroll
+                for (int j = 0; j < DP / 16; j++) {
+                    uint32_t b[4];
+                    load_matrices_trans(b, v + S::unit(16 * s + lane % 16, 2 * j + lane / 16));
+#pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        mma_f16(out[m][2 * j], weight[m] + 4 * s, b[0], b[1]);
+                        mma_f16(out[m][2 * j + 1], weight[m] + 4 * s, b[2], b[3]);
+                    }
+                }
+        }
+    }
+    copy_wait<0>();
+#pragma unroll
+    for (int h = 0; h < 2 * MT; h++) {
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        const int row = t0 + warp * 16 * MT + g + 8 * h;
+        const float inverse = sum[h] > 0 ? 1 / sum[h] : 0;
+        if (row >= a.T) continue;
+#pragma unroll
+        for (int j = 0; j < DP / 8; j++) {
+            const float *const x = out[h / 2][j] + h % 2 * 2;
+            if (8 * j < a.D) attention_store2(a, row, head * a.D + 8 * j + 2 * t, x[0] * inverse, x[1] * inverse);
+        }
+    }
+#endif
+}
+
+template <int DP> cudaError_t attention_prompt_mma_launch(cudaStream_t stream, const Attention &a, bool pdl) {
+    using S = PromptMmaShape<DP>;
+    return launch(attention_prompt_mma<DP>, a, dim3(a.n_head * ((a.T + S::rows - 1) / S::rows)), S::threads, S::shared,
+                  1, pdl, stream);
 }
 
 cudaError_t attention_init(int device) { /* the current one */
@@ -4125,6 +4674,40 @@ cudaError_t attention(cudaStream_t stream, const Attention &a, bool pdl) {
            : a.D <= 96  ? attention_prompt_launch<96>(stream, a, pdl)
            : a.D <= 128 ? attention_prompt_launch<128>(stream, a, pdl)
                         : attention_prompt_launch<256>(stream, a, pdl);
+}
+
+/* The same for every GPU since sm_80. */
+cudaError_t attention_mma_init() { /* for the current device */
+    cudaError_t e = cudaSuccess;
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(attention_prompt_mma<64>, PromptMmaShape<64>::shared);
+    allow(attention_prompt_mma<80>, PromptMmaShape<80>::shared);
+    allow(attention_prompt_mma<96>, PromptMmaShape<96>::shared);
+    allow(attention_prompt_mma<128>, PromptMmaShape<128>::shared);
+    allow(attention_prompt_mma<256>, PromptMmaShape<256>::shared);
+    return e;
+}
+
+size_t attention_scratch(const Attention &a, int n_sm) {
+    const int n = a.T <= 16 ? attention_split(a, n_sm).n : 1;
+    return n > 1 ? (size_t)a.T * a.n_head * n * (a.D + 2) * sizeof(float) : 0;
+}
+
+cudaError_t attention_mma(cudaStream_t stream, const Attention &a, bool pdl) {
+    if (!attention_fits(a)) return cudaErrorInvalidValue;
+    if (a.T <= 16) {
+        const Split s = attention_split(a, multiprocessors());
+        return s.lanes == 8    ? attention_split_launch<8>(stream, s, pdl)
+               : s.lanes == 16 ? attention_split_launch<16>(stream, s, pdl)
+                               : attention_split_launch<32>(stream, s, pdl);
+    }
+    return a.D <= 64    ? attention_prompt_mma_launch<64>(stream, a, pdl)
+           : a.D <= 80  ? attention_prompt_mma_launch<80>(stream, a, pdl)
+           : a.D <= 96  ? attention_prompt_mma_launch<96>(stream, a, pdl)
+           : a.D <= 128 ? attention_prompt_mma_launch<128>(stream, a, pdl)
+                        : attention_prompt_mma_launch<256>(stream, a, pdl);
 }
 
 } // namespace tile8
@@ -4512,10 +5095,12 @@ void run_tile4_dense(Launch &l, const Step &s) {
     });
 }
 
-bool fits_tile8(const Compiled &plan, const Step &s) {
+bool fits_int8_codes(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, plan.device->tiles) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, has) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
 }
+bool fits_tile8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->tiles); }
+bool fits_mma8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->mma); }
 bool fits_tile16(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma) &&
@@ -4608,7 +5193,7 @@ tile8::Linear8 call_tile8(const Step &s) {
     return c;
 }
 uint64_t scratch_tile8(const Compiled &, const Step &s) { return half_bytes(input_of(s)) + tile8::linear8_scratch(call_tile8(s)); }
-void run_tile8(Launch &l, const Step &s) {
+tile8::Linear8 filled_tile8(Launch &l, const Step &s) {
     tile8::Linear8 c = call_tile8(s);
     fill_tile(l, s, tile_input(l, s, true), &c);
     c.scratch = l.scratch + half_bytes(input_of(s));
@@ -4617,16 +5202,32 @@ void run_tile8(Launch &l, const Step &s) {
         c.part[i].w = s.nodes[i]->src[1]->plane[0];
         c.part[i].scb = static_cast<const float *>(s.nodes[i]->src[1]->plane[1]);
     }
-    l.q.note(tile8::linear8(l.q.stream, c, l.q.overlap));
+    return c;
 }
+void run_tile8(Launch &l, const Step &s) { l.q.note(tile8::linear8(l.q.stream, filled_tile8(l, s), l.q.overlap)); }
+void run_mma8(Launch &l, const Step &s) { l.q.note(tile8::linear8_mma(l.q.stream, filled_tile8(l, s), l.q.overlap)); }
 
-bool fits_attention(const Compiled &plan, const Step &s) {
+bool fits_attention(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *y = s.y, *k = y->src[1], *v = y->src[2];
     int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads;
-    return plan.f16 && plan.device->tiles && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
+    return plan.f16 && has && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
            k->shape[0] > 0;
 }
-void run_attention_tile(Launch &l, const Step &s) {
+bool fits_attention_tile(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->tiles); }
+bool fits_attention_mma(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->mma); }
+
+tile8::Attention call_attention(const Step &s) {
+    const bnb_tensor *y = s.y;
+    tile8::Attention a = {};
+    a.T = static_cast<int>(y->shape[0]);
+    a.n_head = y->params.attention.n_head;
+    a.n_head_kv = y->params.attention.n_head_kv;
+    a.D = static_cast<int>(y->shape[1] / a.n_head);
+    a.R = static_cast<int>(y->src[1]->shape[0]);
+    return a;
+}
+uint64_t scratch_attention_mma(const Compiled &plan, const Step &s) { return tile8::attention_scratch(call_attention(s), plan.device->n_sm); }
+tile8::Attention filled_attention(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
     Rows k_new = {}, v_new = {};
     if (!s.writes.empty()) {
@@ -4641,18 +5242,13 @@ void run_attention_tile(Launch &l, const Step &s) {
         }
     }
     Rows q = l.rows(y->src[0]), k = l.rows(y->src[1]), out = l.rows(y);
-    tile8::Attention a = {};
-    a.T = static_cast<int>(y->shape[0]);
-    a.n_head = y->params.attention.n_head;
-    a.n_head_kv = y->params.attention.n_head_kv;
-    a.D = static_cast<int>(y->shape[1] / a.n_head);
+    tile8::Attention a = call_attention(s);
     a.q = q.data;
     a.ldq = q.ld;
     a.q_f32 = !q.f16;
     a.k = k.data;
     a.v = l.rows(y->src[2]).data;
     a.ldkv = k.ld;
-    a.R = static_cast<int>(y->src[1]->shape[0]);
     a.span = static_cast<const int *>(y->src[3]->plane[0]);
     a.scale = y->params.attention.scale;
     a.y = out.data;
@@ -4663,8 +5259,11 @@ void run_attention_tile(Launch &l, const Step &s) {
     if (a.k_new) a.row = static_cast<const int *>(s.writes[0]->src[2]->plane[0]);
     a.fault = l.plan.device->fault;
     a.node = l.node();
-    l.q.note(tile8::attention(l.q.stream, a, l.q.overlap));
+    a.scratch = reinterpret_cast<float *>(l.scratch);
+    return a;
 }
+void run_attention_tile(Launch &l, const Step &s) { l.q.note(tile8::attention(l.q.stream, filled_attention(l, s), l.q.overlap)); }
+void run_attention_mma(Launch &l, const Step &s) { l.q.note(tile8::attention_mma(l.q.stream, filled_attention(l, s), l.q.overlap)); }
 #endif
 
 uint64_t scratch_linear_int8(const Compiled &, const Step &s) {
@@ -4724,7 +5323,9 @@ const Kernel kernels[] = {
     {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
     {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
     {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
-    {"attention_tile", BNB_OP_ATTENTION, fits_attention, nullptr, run_attention_tile, TAKES_ROWS},
+    {"attention_tile", BNB_OP_ATTENTION, fits_attention_tile, nullptr, run_attention_tile, TAKES_ROWS},
+    {"linear_mma8", BNB_OP_LINEAR, fits_mma8, scratch_tile8, run_mma8, 0},
+    {"attention_mma", BNB_OP_ATTENTION, fits_attention_mma, scratch_attention_mma, run_attention_mma, TAKES_ROWS},
     {"linear_f16_cublaslt", BNB_OP_LINEAR, fits_dense, scratch_dense, run_dense_f16, 0},
 #endif
     {"linear_int8", BNB_OP_LINEAR, fits_int8, scratch_linear_int8, run_linear_int8, 0},
@@ -5421,7 +6022,8 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     q.overlap = d->major >= 9 && code & CODE_OVERLAP;
     if (code & CODE_MMA)
         d->mma = cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal) == cudaSuccess &&
-                 tile4::linear4_init(d->ordinal, d->max_shared, false) == cudaSuccess;
+                 tile4::linear4_init(d->ordinal, d->max_shared, false) == cudaSuccess && tile8::linear8_mma_init() == cudaSuccess &&
+                 tile8::attention_mma_init() == cudaSuccess;
     if (code & CODE_HOPPER)
         d->tiles = d->mma && tile4::linear4_init(d->ordinal, d->max_shared, true) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess &&
                    tile8::attention_init(d->ordinal) == cudaSuccess;
