@@ -893,17 +893,18 @@ namespace tile4 {
 //
 // All kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
 // pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
-//     linear4_small  M <= 16: the warps of a block split K; copies fill a private ring of units per warp;
-//                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax. With one row of
-//                    x nothing is summed over the warps before the end. Hopper and sm_80 share it: they differ in
-//                    how bytes reach the ring, and in how much shared memory there is for it.
+//     linear4_row    M = 1: the warps of a block split K; copies fill a private ring of units per warp; mma.sync, and
+//                    each group of 64 columns is multiplied by its exact f32 absmax. The norm in front is its own.
+//     linear4_small  M <= 16: the same with x in shared memory; on Hopper two blocks fetch x for each other.
+//                    Hopper and sm_80 share both: they differ in how bytes reach the ring, and in how much shared
+//                    memory there is for it.
 //     linear4_wgmma  Hopper, any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into
 //                    the A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the
 //                    f16 weights, so that the accumulators sum over all of K. K may be split over the warpgroups of
 //                    a block and over a cluster.
 //     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
 //                    block split K.
-// Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share nothing but stage_x:
+// Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share only how x is staged:
 // TMA swizzles rows into shared memory, while lanes can load their fragments straight into registers.
 
 enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu };
@@ -959,6 +960,7 @@ constexpr int kTableBytes = 256 * 32 * 4;
 constexpr int kMaxShared = 227 * 1024;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
 __host__ __device__ constexpr int blocks_of(int N) { return ceil_div(N, kBlockRows); }
 __host__ __device__ constexpr size_t block_bytes(int K) { return (size_t)(K / kGroup) * kTileBytes; }
 
@@ -1095,6 +1097,15 @@ __device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, uint32_
                  : "memory");
 }
 
+// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
+__device__ __forceinline__ void bulk_multicast(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                               uint32_t blocks) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)blocks)
+                 : "memory");
+}
+
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                  "[%4];" ::"r"(to),
@@ -1219,14 +1230,18 @@ template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const ui
 
 // ---- what the kernels share -----------------------------------------------------------------------------------------
 
-__device__ __forceinline__ float activate(float v, int act) {
+// Out of line: a kernel of a few microseconds fetches its instructions cold, and long ones cost more than they do.
+__device__ __noinline__ float activate_smooth(float v, int act) {
     switch (act) {
-    case kActRelu: return fmaxf(v, 0.0f);
     case kActGelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
     case kActGeluTanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    case kActSilu: return v / (1.0f + expf(-v));
-    default: return v;
+    default: return v / (1.0f + expf(-v)); // kActSilu
     }
+}
+
+__device__ __forceinline__ float activate(float v, int act) {
+    if (act == kActNone) return v;
+    return act == kActRelu ? fmaxf(v, 0.0f) : activate_smooth(v, act);
 }
 
 __device__ __forceinline__ uint32_t half2_bits(float low, float high) {
@@ -1259,6 +1274,9 @@ inline int total_blocks(const Linear4 &a) {
     for (int i = 0; i < a.n_parts; ++i) n += blocks_of(a.part[i].N);
     return n;
 }
+
+// a / b, for 0 <= a < 2^21 and inverse = 1 / b: the half keeps rounding away from the whole numbers.
+__device__ __forceinline__ int quotient(int a, float inverse) { return (int)((a + 0.5f) * inverse); }
 
 // table: half2 [256 bytes of codes][32 banks], an entry each kStride bytes; the low half is the high nibble, the even
 // column. 512 threads.
@@ -1309,66 +1327,82 @@ constexpr int kNormMax = 16384; // columns; as many as fit the gaps of a table's
 
 __device__ __forceinline__ float4 load4(const float *p, int i) { return *(const float4 *)(p + i); }
 
-// The norm's weights for 8 columns.
+// The norm's weights for 8 columns; without a norm 1 and 0.
 struct NormWeights {
     float4 w[2], b[2];
 };
 
 __device__ __forceinline__ NormWeights norm_weights(const LinearCall &a, int k) {
-    const float4 zero = make_float4(0, 0, 0, 0);
-    NormWeights n = {{zero, zero}, {zero, zero}};
+    const float4 zero = make_float4(0, 0, 0, 0), one = make_float4(1, 1, 1, 1);
+    NormWeights n = {{one, one}, {zero, zero}};
     if (a.norm_kind == kNormNone || k >= a.K) return n;
     n.w[0] = load4(a.norm_w, k), n.w[1] = load4(a.norm_w, k + 4);
     if (a.norm_b) n.b[0] = load4(a.norm_b, k), n.b[1] = load4(a.norm_b, k + 4);
     return n;
 }
 
-// The norm of the one row of x as f16, given to put(row, column, 8 columns). A thread's first 8 columns stay in
-// registers between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8 columns,
-// loaded while the kernel before still ran.
-template <int kThreads, class Put>
-__device__ __forceinline__ void stage_norm(const LinearCall &a, const NormWeights &early, float *partial, Put put) {
+// The one row of x, or its norm, as f16, given to put(column, 8 columns). A thread's first 8 columns stay in registers
+// between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8, loaded while the
+// kernel before still ran. asked() is called once x is asked for; scratch: f32 [64].
+template <int kThreads, class Put, class Asked>
+__device__ __forceinline__ void stage_row(const LinearCall &a, const NormWeights &early, float *scratch, Put put,
+                                          Asked asked) {
     const float *x = (const float *)a.x;
     const int first = threadIdx.x * 8;
-    const float4 zero = make_float4(0, 0, 0, 0);
-    const float4 p = first < a.K ? load4(x, first) : zero, q = first < a.K ? load4(x, first + 4) : zero;
-    float mean = 0, sum = (p.x + p.y) + (p.z + p.w) + ((q.x + q.y) + (q.z + q.w));
-    if (a.norm_kind == kNormLayer) {
+    float4 p = make_float4(0, 0, 0, 0), q = p;
+    if (first < a.K) p = load4(x, a.x_f32 ? first : first / 2); // of f16 all 8 columns
+    if (first < a.K && a.x_f32) q = load4(x, first + 4);
+    asked();
+    if (!a.x_f32) {
 #pragma unroll 1
-        for (int k = first + 8 * kThreads; k < a.K; k += 8 * kThreads)
-            for (int i = 0; i < 8; ++i) sum += x[k + i];
-        mean = consumer_sum<kThreads>(sum, partial) / a.K;
+        for (int k = first; k < a.K; k += 8 * kThreads) {
+            if (k > first) p = load4(x, k / 2);
+            put(k, make_uint4(__float_as_uint(p.x), __float_as_uint(p.y), __float_as_uint(p.z), __float_as_uint(p.w)));
+        }
+        return;
     }
-    sum = 0;
-    for (int k = first; k < a.K; k += 8 * kThreads) {
-        const float4 v = k == first ? p : load4(x, k), w = k == first ? q : load4(x, k + 4);
-        const float d[8] = {v.x - mean, v.y - mean, v.z - mean, v.w - mean, w.x - mean, w.y - mean, w.z - mean,
-                            w.w - mean};
-        sum += (d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3]) +
-               ((d[4] * d[4] + d[5] * d[5]) + (d[6] * d[6] + d[7] * d[7]));
+    float mean = 0, scale = 1;
+    if (a.norm_kind != kNormNone) {
+        const float inverse_K = __frcp_rn((float)a.K);
+        if (a.norm_kind == kNormLayer) {
+            float sum = ((p.x + p.y) + (p.z + p.w)) + ((q.x + q.y) + (q.z + q.w));
+#pragma unroll 1
+            for (int k = first + 8 * kThreads; k < a.K; k += 8 * kThreads) {
+                const float4 v = load4(x, k), w = load4(x, k + 4);
+                sum += ((v.x + v.y) + (v.z + v.w)) + ((w.x + w.y) + (w.z + w.w));
+            }
+            mean = consumer_sum<kThreads>(sum, scratch) * inverse_K;
+        }
+        float sum = 0;
+#pragma unroll 1
+        for (int k = first; k < a.K; k += 8 * kThreads) {
+            const float4 v = k > first ? load4(x, k) : p, w = k > first ? load4(x, k + 4) : q;
+            const float d[8] = {v.x - mean, v.y - mean, v.z - mean, v.w - mean,
+                                w.x - mean, w.y - mean, w.z - mean, w.w - mean};
+            sum += ((d[0] * d[0] + d[1] * d[1]) + (d[2] * d[2] + d[3] * d[3])) +
+                   ((d[4] * d[4] + d[5] * d[5]) + (d[6] * d[6] + d[7] * d[7]));
+        }
+        scale = rsqrtf(consumer_sum<kThreads>(sum, scratch + 32) * inverse_K + a.norm_eps);
     }
-    const float scale = 1.0f / sqrtf(consumer_sum<kThreads>(sum, partial + 32) / a.K + a.norm_eps);
     const auto normed = [&](const float4 &v, const float4 &w, const float4 &b) {
         return make_uint2(half2_bits((v.x - mean) * scale * w.x + b.x, (v.y - mean) * scale * w.y + b.y),
                           half2_bits((v.z - mean) * scale * w.z + b.z, (v.w - mean) * scale * w.w + b.w));
     };
+    NormWeights n = early;
 #pragma unroll 1
     for (int k = first; k < a.K; k += 8 * kThreads) {
-        const NormWeights n = k == first ? early : norm_weights(a, k);
-        const uint2 low = normed(k == first ? p : load4(x, k), n.w[0], n.b[0]);
-        const uint2 high = normed(k == first ? q : load4(x, k + 4), n.w[1], n.b[1]);
-        put(0, k, make_uint4(low.x, low.y, high.x, high.y));
+        if (k > first) p = load4(x, k), q = load4(x, k + 4), n = norm_weights(a, k);
+        const uint2 low = normed(p, n.w[0], n.b[0]), high = normed(q, n.w[1], n.b[1]);
+        put(k, make_uint4(low.x, low.y, high.x, high.y));
     }
 }
 
-// Gives x, 8 columns at a time, as f16 to put(row, column, 8 columns); partial [64] is scratch.
-template <int kThreads, class Put>
-__device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &early, float *partial, Put put) {
-    if (a.norm_kind != kNormNone) return stage_norm<kThreads>(a, early, partial, put);
+// Gives x, 8 columns at a time, as f16 to put(row, column, 8 columns).
+template <int kThreads, class Put> __device__ __forceinline__ void stage_rows(const LinearCall &a, Put put) {
     const int pieces = a.K / 8;
 #pragma unroll 4
     for (int i = threadIdx.x; i < a.M * pieces; i += kThreads) {
-        const int m = a.M == 1 ? 0 : i / pieces, k = (i - m * pieces) * 8;
+        const int m = i / pieces, k = (i - m * pieces) * 8;
         if (a.x_f32) {
             const float *from = (const float *)a.x + m * a.ldx + k;
             const float4 p = load4(from, 0), q = load4(from, 4);
@@ -1378,6 +1412,15 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
             put(m, k, *(const uint4 *)((const __half *)a.x + m * a.ldx + k));
         }
     }
+}
+
+// x as f16 into x [M][pitch].
+template <int kThreads>
+__device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &early, float *scratch, __half *x,
+                                        int pitch) {
+    const auto put = [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; };
+    if (a.M > 1) stage_rows<kThreads>(a, put);
+    else stage_row<kThreads>(a, early, scratch, [&](int k, uint4 v) { put(0, k, v); }, [] {});
 }
 
 // y[m][n .. n + 4] = act(v * scale + bias) + residual, of which the first n_valid exist.
@@ -1400,34 +1443,124 @@ __device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out,
     }
 }
 
-// ---- linear4_small --------------------------------------------------------------------------------------------------
+// ---- what linear4_row and linear4_small share -----------------------------------------------------------------------
 
-// kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: neighbouring strips of 16 rows, 1, 2 or 4,
-// that a warp takes together: a band. kGroups: groups of 64 columns that it takes together: a chunk.
-template <int kCols, int kUnits, int kGroups> struct Small {
-    static constexpr int kWarps = 16, kThreads = kWarps * 32;
-    static constexpr int kStages = kCols == 16 ? 4 : 2; // of each warp's ring
-    static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
-    static constexpr int kStride = kCols == 1 ? 256 : 128; // of the table; a single row of x lies in its 256 gaps
-    static constexpr int kStageBytes = kGroups * kUnits * kUnitBytes;  // units [kGroups][kUnits]
-    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages], Hopper's
-    static constexpr int kScratch = kBarriers + kWarps * kStages * 8;  // f32 [64]
-    static constexpr int kRing = kScratch + 256;                       // stages [kWarps][kStages]
-    // f32 partial [bands][kWarps][kRows] for a single row of x, whose warps meet once; else [kWarps][M][kRows].
-    static constexpr bool kMeetOnce = kCols == 1;
-    static constexpr int kPartial = kRing + kWarps * kStages * kStageBytes;
-    __host__ __device__ static int x_offset(int M, int bands) {
-        return kPartial + (kMeetOnce ? bands : 1) * kWarps * M * kRows * 4;
+// A warp's ring of two stages for chunks of its weights: kUnits neighbouring strips of 16 rows by kGroups groups of 64
+// columns. On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part: a stage
+// is a group of its copies, which may be empty.
+template <int kUnits, int kGroups> struct Ring {
+    static constexpr int kStages = 2, kStageBytes = kGroups * kUnits * kUnitBytes; // units [kGroups][kUnits]
+    static constexpr int kBytes = kStages * kStageBytes, kBarrierBytes = kStages * 8;
+    char *stages;
+    uint32_t full; // u64 [kStages], Hopper's
+    int stage = 0;
+    uint32_t parity = 0;
+
+    __device__ __forceinline__ Ring(char *rings, char *barriers, int warp, int lane)
+        : stages(rings + warp * kBytes), full(shared_address(barriers) + warp * kBarrierBytes) {
+#ifdef BNB__HOPPER
+        if (lane == 0) {
+            for (int i = 0; i < kStages; ++i) barrier_init(full + i * 8, 1);
+            barrier_init_fence();
+        }
+        __syncwarp();
+#endif
     }
-    __host__ __device__ static int x_pitch(int K) { return K + 8; } // rows 16 bytes apart in the banks for ldmatrix
-    static int shared_bytes(int M, int K, int bands) {
-        return x_offset(M, bands) + (kCols == 1 ? 0 : M * x_pitch(K) * 2);
+
+    // Asks for the first n groups of a chunk, 0: nothing, for stage `to`.
+    __device__ __forceinline__ void ask(int to, const char *from, int n, int lane) {
+        char *at = stages + to * kStageBytes;
+#ifdef BNB__HOPPER
+        if (lane != 0 || n == 0) return;
+        barrier_expect(full + to * 8, n * kUnits * kUnitBytes);
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+            if (i < n)
+                bulk_copy(shared_address(at + i * kUnits * kUnitBytes), from + i * kTileBytes, kUnits * kUnitBytes,
+                          full + to * 8);
+#else
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+            for (int j = lane * 16; j < kUnits * kUnitBytes; j += 512)
+                if (i < n) copy16(at + i * kUnits * kUnitBytes + j, from + i * kTileBytes + j);
+        commit_copies();
+#endif
+    }
+
+    // The current stage into registers: a lane's codes, and absmax of rows g and g + 8. It is free after a __syncwarp.
+    __device__ __forceinline__ void take(uint4 (&codes)[kGroups][kUnits], float2 (&absmax)[kGroups][kUnits], int lane) {
+#ifdef BNB__HOPPER
+        barrier_wait(full + stage * 8, parity);
+#else
+        wait_copies<kStages - 1>();
+        __syncwarp();
+#endif
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                const char *unit = stages + stage * kStageBytes + (i * kUnits + u) * kUnitBytes;
+                codes[i][u] = *(const uint4 *)(unit + lane * 16);
+                absmax[i][u] = *(const float2 *)(unit + kCodeBytes + lane / 4 * 8);
+            }
+    }
+
+    __device__ __forceinline__ void next() {
+        if (++stage == kStages) stage = 0, parity ^= 1;
     }
 };
 
-// A single row of x: its 64 columns of a group are 32 pairs, of which lane t of the first four needs the pairs 4 e + t,
-// e = 0..7, as its column of B for four k16 steps. They lie together in the gap after entry `group` of the table,
-// rotated by the group so that staging them has no bank conflicts.
+// The rows of W that a block computes, in bands of kUnits strips: `share` bands, one more where the block is one of the
+// first `more`.
+template <int kUnits> struct Bands {
+    static constexpr int kPerBlock = kBlockUnits / kUnits; // of a block of 64 rows
+    int first, n;
+    __device__ __forceinline__ Bands(int share, int more)
+        : first(blockIdx.x * share + min((int)blockIdx.x, more)), n(share + ((int)blockIdx.x < more)) {}
+
+    // Where the weights of a band begin; past the end: the last.
+    __device__ __forceinline__ const char *tiles(const Linear4 &a, int band) const {
+        const int at = first + min(band, n - 1);
+        return block_at(a, at / kPerBlock).tiles + at % kPerBlock * (kUnits * kUnitBytes);
+    }
+};
+
+// One of a block's outputs, and what it needs beside the product.
+struct Output {
+    const Linear4Part *part;
+    int n;
+    float bias, residual;
+
+    template <int kUnits> __device__ __forceinline__ void find(const Linear4 &a, const Bands<kUnits> &bands, int band, int row) {
+        const int at = bands.first + min(band, bands.n - 1);
+        const Block rows = block_at(a, at / Bands<kUnits>::kPerBlock);
+        part = &a.part[rows.part], n = rows.row + at % Bands<kUnits>::kPerBlock * (kUnits * kUnitRows) + row;
+        bias = part->bias && n < part->N ? part->bias[n] : 0.0f;
+    }
+    __device__ __forceinline__ void find_residual(const Linear4 &a, int m) {
+        residual = a.residual && n < part->N ? a.residual[m * a.ldr + n] : 0.0f;
+    }
+    __device__ __forceinline__ void write(const Linear4 &a, int m, float sum) const {
+        if (n < part->N) store_y(part->y, m * part->ldy + n, activate(sum + bias, a.act) + residual, a.y_f32);
+    }
+};
+
+// ---- linear4_row ----------------------------------------------------------------------------------------------------
+
+template <int kUnits, int kGroups> struct Row {
+    using Stages = Ring<kUnits, kGroups>;
+    static constexpr int kWarps = 16, kThreads = kWarps * 32, kRows = kUnits * kUnitRows;
+    static constexpr int kBarriers = 256 * 256; // of the table; x lies in the gaps between its entries
+    static constexpr int kScratch = kBarriers + kWarps * Stages::kBarrierBytes; // f32 [64]
+    static constexpr int kRing = kScratch + 256;
+    static constexpr int kPartial = kRing + kWarps * Stages::kBytes; // f32 [bands][kWarps][kRows]
+    static int shared_bytes(int bands) { return kPartial + bands * kWarps * kRows * 4; }
+};
+
+// The 64 columns of a group are 32 pairs, of which lane t of the first four needs the pairs 4 e + t, e = 0..7, as its
+// column of B for four k16 steps. They lie together in the gap after entry `group` of the table, rotated by the group so
+// that staging them has no bank conflicts.
 __device__ __forceinline__ int column_place(int group, int t) { return group * 256 + 128 + ((t + group) & 3) * 32; }
 
 // Only the first four lanes load: the other columns of the product are not used, whatever they hold.
@@ -1440,204 +1573,256 @@ __device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, 
                  : "memory");
 }
 
-// Block b computes `share` bands, one more where b < more. Chunks go to the warps in turn: with a single row of x band
-// after band, so that all warps have the same work whatever the shape; else each band begins with warp 0.
-template <int kCols, int kUnits, int kGroups>
-__global__ void __launch_bounds__(512, 1)
-    linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
+// Chunks go to the warps in turn, band after band, so that all have the same work whatever the shape. A kernel lasts a few
+// microseconds and waits for the one before: what is on the way from that to the first product counts most.
+template <int kUnits, int kGroups>
+__global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Linear4 a, int share, int more) {
 #ifdef BNB__MMA
-    using S = Small<kCols, kUnits, kGroups>;
-    constexpr int kBlockBands = kBlockUnits / kUnits; // of a block of 64 rows
+    using S = Row<kUnits, kGroups>;
+    constexpr int kWarps = S::kWarps;
     extern __shared__ __align__(1024) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-    const int first = blockIdx.x * share + min((int)blockIdx.x, more), bands = share + ((int)blockIdx.x < more);
-    const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups), M = kCols == 1 ? 1 : a.M;
+    const Bands<kUnits> bands(share, more);
+    const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups);
 
-    char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
-#ifdef BNB__HOPPER
-    const uint32_t full = shared_address(shared + S::kBarriers) + warp * S::kStages * 8;
-    if (lane == 0) {
-        for (int i = 0; i < S::kStages; ++i) barrier_init(full + i * 8, 1);
-        barrier_init_fence();
-    }
-    __syncwarp();
-#endif
-
-    // What the ring's next free stage will hold: the chunk `ahead` of a band, at `from`.
-    int ahead_band = -1, ahead = chunks;
+    typename S::Stages ring(shared + S::kRing, shared + S::kBarriers, warp, lane);
+    int ahead_band = 0, ahead = warp; // the chunk that the ring takes next, at `from`
     const char *from = nullptr;
-    auto next_ahead = [&] {
-        if (ahead < chunks) return;
-        while (ahead >= chunks && ++ahead_band < bands) ahead = ahead_band > 0 && S::kMeetOnce ? ahead - chunks : warp;
-        if (ahead_band >= bands) return;
-        const int band = first + ahead_band;
-        from = block_at(a, band / kBlockBands).tiles + (size_t)ahead * (kGroups * kTileBytes) +
-               band % kBlockBands * (kUnits * kUnitBytes);
-    };
-    next_ahead();
-    // On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part of the units:
-    // a stage is a group of its copies, at the end an empty one.
-    auto copy_next = [&](int stage) {
-#ifdef BNB__HOPPER
-        if (ahead_band >= bands) return;
-        if (lane == 0) {
-            const int n = kGroups == 1 ? 1 : min(kGroups, groups - ahead * kGroups);
-            barrier_expect(full + stage * 8, n * kUnits * kUnitBytes);
-#pragma unroll
-            for (int i = 0; i < kGroups; ++i)
-                if (i < n)
-                    bulk_copy(shared_address(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes),
-                              from + i * kTileBytes, kUnits * kUnitBytes, full + stage * 8);
+    auto ask_next = [&](int stage) {
+        if (ahead >= chunks || !from) {
+            while (ahead >= chunks) ahead -= chunks, ++ahead_band;
+            from = bands.tiles(a, ahead_band) + (size_t)ahead * (kGroups * kTileBytes);
         }
-#else
-        const int n = ahead_band < bands ? min(kGroups, groups - ahead * kGroups) : 0;
-#pragma unroll
-        for (int i = 0; i < kGroups; ++i)
-#pragma unroll
-            for (int j = 0; j < ceil_div(kUnits * kUnitBytes, 512); ++j) {
-                const int at = j * 512 + lane * 16;
-                if (i < n && at < kUnits * kUnitBytes)
-                    copy16(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes + at, from + i * kTileBytes + at);
-            }
-        commit_copies();
-        if (n == 0) return;
-#endif
-        from += S::kWarps * kGroups * kTileBytes, ahead += S::kWarps;
-        next_ahead();
+        ring.ask(stage, from, ahead_band < bands.n ? min(kGroups, groups - ahead * kGroups) : 0, lane);
+        from += kWarps * kGroups * kTileBytes, ahead += kWarps;
     };
-#pragma unroll
-    for (int i = 0; i < S::kStages; ++i) copy_next(i); // weights do not depend on the kernel before
+    ask_next(0); // weights do not depend on the kernel before
     launch_dependents();
-    fill_table<S::kStride>(shared, a.map, threadIdx.x);
+    fill_table<256>(shared, a.map, threadIdx.x);
 
-    // Outputs are counted [bands][M][kRows].
-    auto bias_of = [&](const Linear4Part &out, int n) { return out.bias && n < out.N ? out.bias[n] : 0.0f; };
-    auto residual_of = [&](const Linear4Part &out, int m, int n) {
-        return a.residual && n < out.N ? a.residual[m * a.ldr + n] : 0.0f;
-    };
-    float early_bias = 0, early_residual = 0; // of a thread's first output
-    const int early_band = first + min((int)threadIdx.x / S::kRows, bands - 1);
-    const int early_n = early_band % kBlockBands * S::kRows + threadIdx.x % S::kRows;
-    if (S::kMeetOnce) {
-        const Block rows = block_at(a, early_band / kBlockBands);
-        early_bias = bias_of(a.part[rows.part], rows.row + early_n);
-    }
-    const NormWeights early = kCols == 1 ? norm_weights(a, threadIdx.x * 8) : NormWeights{};
+    // Outputs are counted [bands][kRows]. All that is known about a thread's first is fetched before it waits.
+    int i = threadIdx.x;
+    Output out;
+    out.find(a, bands, i / S::kRows, i % S::kRows);
+    const NormWeights norm = norm_weights(a, threadIdx.x * 8);
     wait_for_prior_kernel(); // from here on x and residual may be read and y written
-    if (S::kMeetOnce) // a call with a residual has one part
-        early_residual = residual_of(a.part[0], 0, early_band / kBlockBands * kBlockRows + early_n);
-
-    __half *x = (__half *)(shared + S::x_offset(M, bands)); // [M][pitch]; a single row lies in the table
-    float *partial = (float *)(shared + S::kPartial);
-    const int pitch = S::x_pitch(a.K);
-    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch), [&](int m, int k, uint4 v) {
-        if (kCols == 1) {
+    out.find_residual(a, 0);
+    stage_row<S::kThreads>(
+        a, norm, (float *)(shared + S::kScratch),
+        [&](int k, uint4 v) {
             char *to = shared + k % kGroup / 8 * 4;
             *(uint32_t *)(to + column_place(k / kGroup, 0)) = v.x;
             *(uint32_t *)(to + column_place(k / kGroup, 1)) = v.y;
             *(uint32_t *)(to + column_place(k / kGroup, 2)) = v.z;
             *(uint32_t *)(to + column_place(k / kGroup, 3)) = v.w;
-        } else {
-            *(uint4 *)(x + m * pitch + k) = v;
-        }
-    });
+        },
+        [&] { ask_next(1); }); // more weights only now: x would arrive behind them
     consumer_sync<S::kThreads>();
+
+    float *const partial = (float *)(shared + S::kPartial);
+    int chunk = warp;
+    uint32_t b[8] = {};
+    for (int band = 0; band < bands.n; ++band, chunk -= chunks) {
+        float sum[kUnits][2] = {}; // rows g and g + 8, of lanes t == 0
+        for (; chunk < chunks; chunk += kWarps) {
+            uint4 codes[kGroups][kUnits];
+            float2 absmax[kGroups][kUnits];
+            ring.take(codes, absmax, lane);
+            __syncwarp();
+            ask_next(ring.stage);
+            ring.next();
+#pragma unroll
+            for (int j = 0; j < kGroups; ++j) {
+                const int group = chunk * kGroups + j;
+                if (kGroups > 1 && group >= groups) break;
+                load_column(b, shared_address(shared) + column_place(group, t), lane);
+#pragma unroll
+                for (int u = 0; u < kUnits; ++u) {
+                    uint32_t w[16];
+                    decode<256>(codes[j][u], shared, lane * 4, w);
+                    float d[2][4] = {}; // two short chains
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[2 * s], b[2 * s + 1]);
+                    sum[u][0] += (d[0][0] + d[1][0]) * absmax[j][u].x;
+                    sum[u][1] += (d[0][2] + d[1][2]) * absmax[j][u].y;
+                }
+            }
+        }
+        if (t == 0)
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    partial[(band * kWarps + warp) * S::kRows + u * kUnitRows + j * 8 + g] = sum[u][j];
+    }
+    consumer_sync<S::kThreads>();
+#pragma unroll 1
+    while (i < bands.n * S::kRows) {
+        const float *from_warps = partial + i / S::kRows * (kWarps * S::kRows) + i % S::kRows;
+        float v = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) v += from_warps[w * S::kRows];
+        out.write(a, 0, v);
+        i += S::kThreads; // more than one of a very large N
+        if (i < bands.n * S::kRows) out.find(a, bands, i / S::kRows, i % S::kRows), out.find_residual(a, 0);
+    }
+#endif
+}
+
+// ---- linear4_small --------------------------------------------------------------------------------------------------
+
+// kCols: columns of the tensor core tile, 8 or 16.
+template <int kCols, int kUnits, int kGroups> struct Small {
+    using Stages = Ring<kUnits, kGroups>;
+    static constexpr int kWarps = 16, kThreads = kWarps * 32, kTiles = kCols / 8, kRows = kUnits * kUnitRows;
+    static constexpr int kBarriers = kTableBytes;                                  // the last: u64 of x, Hopper's
+    static constexpr int kRing = kBarriers + kWarps * Stages::kBarrierBytes + 128; // 128: alignment
+    static constexpr int kMiddle = kRing + kWarps * Stages::kBytes;                // f32 [bands - 1][M][kRows]
+    // f32 [kWarps][M][kRows], over x f16 [M][x_pitch], which is done with by then
+    __host__ __device__ static int last_offset(int M, int bands) { return kMiddle + max_of(bands - 1, 0) * M * kRows * 4; }
+    __host__ __device__ static int x_pitch(int K) { return K + 8; } // rows 16 bytes apart in the banks for ldmatrix
+    static int shared_bytes(int M, int K, int bands) {
+        return last_offset(M, bands) + max_of(kWarps * M * kRows * 4, M * x_pitch(K) * 2);
+    }
+};
+
+// The chunks of all bands, band after band, are dealt to the warps in equal stretches, so that all have the same work
+// whatever the shape. Where a band ends within a stretch the warp puts its sums aside; what it has in the end is its
+// last. The blocks of a cluster fetch x for each other.
+template <int kCols, int kUnits, int kGroups>
+__global__ void __launch_bounds__(512, 1)
+    linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
+#ifdef BNB__MMA
+    using S = Small<kCols, kUnits, kGroups>;
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const Bands<kUnits> bands(share, more);
+    const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups), M = a.M;
+    const int stretch = ceil_div(bands.n * chunks, S::kWarps);
+    const int begin = min(warp * stretch, bands.n * chunks), end = min(begin + stretch, bands.n * chunks);
+
+    typename S::Stages ring(shared + S::kRing, shared + S::kBarriers, warp, lane);
+    int band = quotient(begin, 1.0f / chunks), chunk = begin - band * chunks; // of the first, later of the current
+    int ahead = begin, ahead_band = band, ahead_chunk = chunk; // what the ring takes next, at `from`
+    const char *from = bands.tiles(a, band) + (size_t)chunk * (kGroups * kTileBytes);
+    auto ask_next = [&](int stage) {
+        ring.ask(stage, from, ahead < end ? min(kGroups, groups - ahead_chunk * kGroups) : 0, lane);
+        from += kGroups * kTileBytes, ++ahead;
+        if (++ahead_chunk == chunks) ahead_chunk = 0, from = bands.tiles(a, ++ahead_band);
+    };
+    ask_next(0); // weights do not depend on the kernel before
+    launch_dependents();
+    fill_table<128>(shared, a.map, threadIdx.x);
+    const int pitch = S::x_pitch(a.K);
+    __half *x = (__half *)(shared + S::last_offset(M, share + (more > 0))); // [M][pitch], at the same place in all blocks
+#ifdef BNB__HOPPER
+    const uint32_t x_full = shared_address(shared + S::kBarriers) + S::kWarps * S::Stages::kBarrierBytes;
+    const int rank = cluster_rank(), ranks = cluster_size();
+    if (threadIdx.x == 0) barrier_init(x_full, 1), barrier_init_fence();
+    if (ranks > 1) cluster_sync(); // all can be written to
+    else consumer_sync<S::kThreads>();
+#endif
+    wait_for_prior_kernel(); // from here on x and residual may be read and y written
+#ifdef BNB__HOPPER
+    if (!a.x_f32 && warp == 0) { // each block fetches its share of the rows for all
+        if (lane == 0) barrier_expect(x_full, M * a.K * 2);
+        __syncwarp();
+        for (int m = rank + lane * ranks; m < M; m += 32 * ranks)
+            bulk_multicast(shared_address(x + m * pitch), (const __half *)a.x + m * a.ldx, a.K * 2, x_full, (1 << ranks) - 1);
+    }
+    ask_next(1); // more weights only now: x would arrive behind them
+    if (a.x_f32) stage_rows<S::kThreads>(a, [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    consumer_sync<S::kThreads>();
+    if (!a.x_f32) barrier_wait(x_full, 0);
+#else
+    ask_next(1);
+    stage_rows<S::kThreads>(a, [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    consumer_sync<S::kThreads>();
+#endif
 
     uint32_t x_lane[S::kTiles]; // where this lane's row of ldmatrix begins
 #pragma unroll
     for (int n = 0; n < S::kTiles; ++n)
         x_lane[n] = shared_address(x + min(n * 8 + lane % 8, M - 1) * pitch + lane / 8 * 8);
 
-    // Adds up the warps' sums of n bands from `band` on.
-    auto finish = [&](int band, int n_bands) {
-        consumer_sync<S::kThreads>();
-        for (int i = threadIdx.x; i < n_bands * M * S::kRows; i += S::kThreads) {
-            const int m = i / S::kRows % M, b = i / S::kRows / M, at = first + band + b;
-            const Block rows = block_at(a, at / kBlockBands);
-            const Linear4Part &out = a.part[rows.part];
-            const int n = rows.row + at % kBlockBands * S::kRows + i % S::kRows;
-            const bool is_early = S::kMeetOnce && i < S::kThreads;
-            const float residual = is_early ? early_residual : residual_of(out, m, n);
-            float v = is_early ? early_bias : bias_of(out, n);
-#pragma unroll
-            for (int w = 0; w < S::kWarps; ++w)
-                v += partial[((b * S::kWarps + w) * M + m) * S::kRows + i % S::kRows];
-            if (n < out.N) store_y(out.y, m * out.ldy + n, activate(v, a.act) + residual, a.y_f32);
-        }
-    };
-
-    int chunk = warp, stage = 0;
-    [[maybe_unused]] uint32_t parity = 0;
-    uint32_t b[S::kTiles][8] = {};
-    for (int band = 0; band < bands; ++band) {
-        float sum[kUnits][S::kTiles][4] = {};
-        for (; chunk < chunks; chunk += S::kWarps) {
-#ifdef BNB__HOPPER
-            barrier_wait(full + stage * 8, parity);
-#else
-            wait_copies<S::kStages - 1>();
-            __syncwarp();
-#endif
-            uint4 codes[kGroups][kUnits];
-            float2 absmax[kGroups][kUnits]; // of rows g and g + 8
-#pragma unroll
-            for (int i = 0; i < kGroups; ++i)
-#pragma unroll
-                for (int u = 0; u < kUnits; ++u) {
-                    const char *unit = ring + stage * S::kStageBytes + (i * kUnits + u) * kUnitBytes;
-                    codes[i][u] = *(const uint4 *)(unit + lane * 16);
-                    absmax[i][u] = *(const float2 *)(unit + kCodeBytes + g * 8);
-                }
-            __syncwarp();
-            copy_next(stage); // the stage is free once it is in registers
-            if (++stage == S::kStages) stage = 0, parity ^= 1;
-#pragma unroll
-            for (int i = 0; i < kGroups; ++i) {
-                const int group = chunk * kGroups + i;
-                if (kGroups > 1 && group >= groups) break;
-#pragma unroll
-                for (int n = 0; n < S::kTiles; ++n) {
-                    if (kCols == 1) {
-                        load_column(b[n], shared_address(shared) + column_place(group, t), lane);
-                    } else {
-                        load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
-                        load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
-                    }
-                }
-#pragma unroll
-                for (int u = 0; u < kUnits; ++u) {
-                    uint32_t w[16];
-                    decode<S::kStride>(codes[i][u], shared, lane * 4, w);
-#pragma unroll
-                    for (int n = 0; n < S::kTiles; ++n) {
-                        float d[2][4] = {}; // two short chains
-#pragma unroll
-                        for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
-                        sum[u][n][0] += (d[0][0] + d[1][0]) * absmax[i][u].x;
-                        sum[u][n][1] += (d[0][1] + d[1][1]) * absmax[i][u].x;
-                        sum[u][n][2] += (d[0][2] + d[1][2]) * absmax[i][u].y;
-                        sum[u][n][3] += (d[0][3] + d[1][3]) * absmax[i][u].y;
-                    }
-                }
-            }
-        }
-        chunk = S::kMeetOnce ? chunk - chunks : warp;
-        float *to = partial + ((S::kMeetOnce ? band * S::kWarps : 0) + warp) * M * S::kRows + g;
+    float *middle = (float *)(shared + S::kMiddle), *last = (float *)x;
+    float sum[kUnits][S::kTiles][4] = {};
+    auto put_sums = [&](float *to) { // [M][kRows]
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
             for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) {
-                    const int m = kCols == 1 ? 0 : n * 8 + 2 * t + (j & 1);
-                    if (kCols == 1 ? t == 0 && (j & 1) == 0 : m < M)
-                        to[m * S::kRows + u * kUnitRows + (j >> 1) * 8] = sum[u][n][j];
+                    const int m = n * 8 + 2 * t + (j & 1);
+                    if (m < M) to[m * S::kRows + u * kUnitRows + g + (j >> 1) * 8] = sum[u][n][j];
+                    sum[u][n][j] = 0;
                 }
-        if (S::kMeetOnce) continue;
-        finish(band, 1);
-        if (band + 1 < bands) consumer_sync<S::kThreads>(); // before partial is written again
+    };
+    for (int at = begin; at < end; ++at) {
+        uint4 codes[kGroups][kUnits];
+        float2 absmax[kGroups][kUnits];
+        ring.take(codes, absmax, lane);
+        __syncwarp();
+        ask_next(ring.stage);
+        ring.next();
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i) {
+            const int group = chunk * kGroups + i;
+            if (kGroups > 1 && group >= groups) break;
+            uint32_t b[S::kTiles][8];
+#pragma unroll
+            for (int n = 0; n < S::kTiles; ++n) {
+                load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
+                load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
+            }
+#pragma unroll
+            for (int u = 0; u < kUnits; ++u) {
+                uint32_t w[16];
+                decode<128>(codes[i][u], shared, lane * 4, w);
+#pragma unroll
+                for (int n = 0; n < S::kTiles; ++n) {
+                    float d[2][4] = {}; // two short chains
+#pragma unroll
+                    for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
+                    sum[u][n][0] += (d[0][0] + d[1][0]) * absmax[i][u].x;
+                    sum[u][n][1] += (d[0][1] + d[1][1]) * absmax[i][u].x;
+                    sum[u][n][2] += (d[0][2] + d[1][2]) * absmax[i][u].y;
+                    sum[u][n][3] += (d[0][3] + d[1][3]) * absmax[i][u].y;
+                }
+            }
+        }
+        if (++chunk == chunks) {
+            if (at + 1 < end) put_sums(middle + band * M * S::kRows);
+            chunk = 0, ++band;
+        }
     }
-    if (S::kMeetOnce) finish(0, bands);
+
+    // Outputs are counted [bands][M][kRows]; the first of a thread is prepared while the warps meet.
+    const float inverse_M = 1.0f / M, inverse_stretch = 1.0f / stretch;
+    int i = threadIdx.x, out_band, m;
+    Output out;
+    auto find_output = [&] {
+        out_band = quotient(i / S::kRows, inverse_M), m = i / S::kRows - out_band * M;
+        out.find(a, bands, out_band, i % S::kRows), out.find_residual(a, m);
+    };
+    find_output();
+    consumer_sync<S::kThreads>(); // x is done with
+    if (begin < end) put_sums(last + warp * M * S::kRows);
+    consumer_sync<S::kThreads>();
+#pragma unroll 1
+    while (i < bands.n * M * S::kRows) {
+        // the warps whose stretches touch the band, in order
+        const int band_end = (out_band + 1) * chunks, at = m * S::kRows + i % S::kRows;
+        const int w0 = quotient(out_band * chunks, inverse_stretch), w1 = quotient(band_end - 1, inverse_stretch);
+        const bool ends_within = (w1 + 1) * stretch > band_end && out_band + 1 < bands.n;
+        float v = 0;
+        for (int w = w0; w < w1; ++w) v += last[w * M * S::kRows + at];
+        v += ends_within ? middle[out_band * M * S::kRows + at] : last[w1 * M * S::kRows + at];
+        out.write(a, m, v);
+        i += S::kThreads;
+        if (i < bands.n * M * S::kRows) find_output();
+    }
 #endif
 }
 
@@ -2071,8 +2256,7 @@ __global__ void __launch_bounds__(288, 1)
     __half *x = (__half *)(tail + S::kTail); // [M][pitch], zeros past K
     for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
         x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
-    stage_x<S::kThreads>(a, early, (float *)(tail + S::kMaxStages * 16),
-                         [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    stage_x<S::kThreads>(a, early, (float *)(tail + S::kMaxStages * 16), x, pitch);
     consumer_sync<S::kThreads>();
 
     const int w_row = warp * 16 + lane % 16; // of ldmatrix, as w_chunk of 16 bytes in its swizzled place
@@ -2140,8 +2324,7 @@ __global__ void __launch_bounds__(512, 1) linear16_mma(const __grid_constant__ L
     __half *x = (__half *)(shared + S::kX);
     for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
         x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
-    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch),
-                         [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch), x, pitch);
     __syncthreads();
 
     const __half *x_lane = x + min(g, a.M - 1) * pitch + t * 8;
@@ -2181,9 +2364,19 @@ __global__ void __launch_bounds__(512, 1) linear16_mma(const __grid_constant__ L
 
 // ---- launches -------------------------------------------------------------------------------------------------------
 
+struct RowKernel {
+    int units, groups;
+    bool little; // for blocks that have less shared memory than Hopper's
+    void (*kernel)(Linear4, int, int);
+    int (*shared_bytes)(int bands);
+};
+template <int kUnits, int kGroups> constexpr RowKernel row_kernel(bool little = false) {
+    return {kUnits, kGroups, little, linear4_row<kUnits, kGroups>, Row<kUnits, kGroups>::shared_bytes};
+}
+
 struct SmallKernel {
     int cols, units, groups;
-    bool little; // for blocks that have less shared memory than Hopper's
+    bool little;
     void (*kernel)(Linear4, int, int);
     int (*shared_bytes)(int M, int K, int bands);
 };
@@ -2213,10 +2406,11 @@ template <int kN, int kUnits, int kRowWarps, int kStages> constexpr MmaKernel mm
             S::kThreads, S::kShared, S::kPerSm, linear4_mma<kN, kUnits, kRowWarps, kStages>};
 }
 
+const RowKernel kRowKernels[] = {row_kernel<4, 1>(), row_kernel<2, 2>(), row_kernel<1, 4>(), row_kernel<1, 1>(true)};
+
 const SmallKernel kSmallKernels[] = {
-    small_kernel<1, 4, 1>(),     small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),
-    small_kernel<1, 1, 1>(true), small_kernel<8, 4, 1>(), small_kernel<8, 2, 1>(),
-    small_kernel<8, 1, 2>(),     small_kernel<8, 1, 1>(true), small_kernel<16, 1, 1>(),
+    small_kernel<8, 4, 1>(),     small_kernel<8, 2, 1>(),  small_kernel<8, 1, 2>(),
+    small_kernel<8, 1, 1>(true), small_kernel<16, 2, 1>(), small_kernel<16, 1, 2>(),
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
@@ -2244,6 +2438,7 @@ cudaError_t linear4_init(int device, int max_shared, bool hopper) {
     auto allow = [&](auto *kernel) {
         if (err == cudaSuccess) err = allow_shared(kernel, max_shared);
     };
+    for (const RowKernel &k : kRowKernels) allow(k.kernel);
     for (const SmallKernel &k : kSmallKernels) allow(k.kernel);
     if (hopper) {
         for (const WgmmaKernel &k : kWgmmaKernels) allow(k.kernel);
@@ -2296,22 +2491,32 @@ cudaError_t make_map(CUtensorMap *map, const void *matrix, int rows, int columns
     return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-struct SmallGrid {
+struct BandGrid {
     int bands, blocks, shared;
 };
 
 // One block per multiprocessor, more where a block would have more than 1024 rows of W or sums than fit.
-SmallGrid grid_on(const Linear4 &a, const SmallKernel &k) {
-    const int bands = total_blocks(a) * (kBlockUnits / k.units);
-    const int rest = k.shared_bytes(a.M, a.K, 0), band = k.shared_bytes(a.M, a.K, 1) - rest;
-    const int fit = band ? (a.max_shared - rest) / band : bands, most = std::min(1024 / (k.units * kUnitRows), fit);
+// shared_bytes(bands of a block)
+template <class F> BandGrid grid_on(const Linear4 &a, int units, F shared_bytes) {
+    const int bands = total_blocks(a) * (kBlockUnits / units), rest = shared_bytes(0), band = shared_bytes(1) - rest;
+    const int fit = band ? (a.max_shared - rest) / band : bands, most = std::min(1024 / (units * kUnitRows), fit);
     const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, std::max(most, 1)));
-    return {bands, blocks, k.shared_bytes(a.M, a.K, ceil_div(bands, blocks))};
+    return {bands, blocks, shared_bytes(ceil_div(bands, blocks))};
+}
+BandGrid grid_on(const Linear4 &a, const RowKernel &k) { return grid_on(a, k.units, k.shared_bytes); }
+BandGrid grid_on(const Linear4 &a, const SmallKernel &k) {
+    return grid_on(a, k.units, [&](int bands) { return k.shared_bytes(a.M, a.K, bands); });
+}
+
+cudaError_t run_row(cudaStream_t stream, const Linear4 &a, const RowKernel &k, bool pdl) {
+    const BandGrid g = grid_on(a, k);
+    return launch(stream, k.kernel, g.blocks, 512, g.shared, 1, pdl, a, g.bands / g.blocks, g.bands % g.blocks);
 }
 
 cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &k, bool pdl) {
-    const SmallGrid g = grid_on(a, k);
-    return launch(stream, k.kernel, g.blocks, 512, g.shared, 1, pdl, a, g.bands / g.blocks, g.bands % g.blocks);
+    const BandGrid g = grid_on(a, k);
+    const int cluster = a.hopper && !a.x_f32 && a.M >= 4 && g.blocks % 2 == 0 ? 2 : 1; // less of x is not worth it
+    return launch(stream, k.kernel, g.blocks, 512, g.shared, cluster, pdl, a, g.bands / g.blocks, g.bands % g.blocks);
 }
 
 // cluster: blocks that split K.
@@ -2333,16 +2538,27 @@ cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, b
 
 // The choice of a kernel: the least estimated time of the busiest multiprocessor, in cycles. Only the proportions of
 // the constants matter; they were fitted to measurements of an H200.
+const RowKernel *plan_row(const Linear4 &a) {
+    const RowKernel *best = nullptr;
+    int best_cycles = 0;
+    for (const RowKernel &k : kRowKernels) {
+        const BandGrid g = grid_on(a, k);
+        if (g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
+        const int bands = ceil_div(g.bands, g.blocks), chunks = ceil_div(a.K / kGroup, k.groups);
+        const int cycles = ceil_div(bands * chunks, 16) * (800 + 400 * k.groups);
+        if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
+    }
+    return best;
+}
+
 const SmallKernel *plan_small(const Linear4 &a) {
-    const int cols = a.M == 1 && a.K <= kNormMax ? 1 : a.M <= 8 ? 8 : 16;
     const SmallKernel *best = nullptr;
     int best_cycles = 0;
     for (const SmallKernel &k : kSmallKernels) {
-        const SmallGrid g = grid_on(a, k);
-        if (k.cols != cols || g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
-        const int bands = ceil_div(g.bands, a.n_sm), chunks = ceil_div(a.K / kGroup, k.groups);
-        const int cycles = cols == 1 ? ceil_div(bands * chunks, 16) * (800 + 400 * k.groups)
-                                     : bands * (ceil_div(chunks, 16) * (300 + 480 * k.units * k.groups) + 3000);
+        const BandGrid g = grid_on(a, k);
+        if (k.cols != (a.M <= 8 ? 8 : 16) || g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
+        const int bands = ceil_div(g.bands, g.blocks), chunks = ceil_div(a.K / kGroup, k.groups);
+        const int cycles = ceil_div(bands * chunks, 16) * (300 + 480 * k.units * k.groups) + 40 * k.units * a.M;
         if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
     }
     return best;
@@ -2385,13 +2601,17 @@ const MmaKernel *plan_mma(const Linear4 &a) {
 }
 
 // Whether linear4 takes x as f32.
-bool linear4_takes_f32(const Linear4 &a) { return a.M <= 16 && plan_small(a); }
+bool linear4_takes_f32(const Linear4 &a) { return a.M == 1 ? plan_row(a) != nullptr : a.M <= 16 && plan_small(a); }
 
 cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
         return cudaErrorInvalidValue;
     if (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)) return cudaErrorInvalidValue;
-    const SmallKernel *small = a.M <= 8 || a.x_f32 ? plan_small(a) : nullptr;
+    const RowKernel *row = a.M == 1 && a.K <= kNormMax ? plan_row(a) : nullptr;
+    if (row) return run_row(stream, a, *row, pdl);
+    // More than 8 rows of short columns keep all multiprocessors busy with whole tiles.
+    const bool tiles = a.M > 8 && (!a.hopper || (a.K < 4096 && total_blocks(a) * 5 > a.n_sm * 3));
+    const SmallKernel *small = a.M <= 16 && (!tiles || a.x_f32) ? plan_small(a) : nullptr;
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
     if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
