@@ -1066,10 +1066,13 @@ __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
 }
 
-// After the barriers are initialized: makes them visible to the copy engine and to the cluster.
+// After the barriers are initialized: makes them visible to the copy engine, and to the cluster.
+__device__ __forceinline__ void barrier_init_fence_block() {
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
 __device__ __forceinline__ void barrier_init_fence() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    barrier_init_fence_block();
 }
 
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
@@ -1451,6 +1454,11 @@ __device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out,
 template <int kUnits, int kGroups> struct Ring {
     static constexpr int kStages = 2, kStageBytes = kGroups * kUnits * kUnitBytes; // units [kGroups][kUnits]
     static constexpr int kBytes = kStages * kStageBytes, kBarrierBytes = kStages * 8;
+#ifdef BNB__HOPPER
+    static constexpr bool kCountsEmpty = false;
+#else
+    static constexpr bool kCountsEmpty = true; // asking for nothing is a group of copies, too
+#endif
     char *stages;
     uint32_t full; // u64 [kStages], Hopper's
     int stage = 0;
@@ -1461,17 +1469,18 @@ template <int kUnits, int kGroups> struct Ring {
 #ifdef BNB__HOPPER
         if (lane == 0) {
             for (int i = 0; i < kStages; ++i) barrier_init(full + i * 8, 1);
-            barrier_init_fence();
+            barrier_init_fence_block();
         }
         __syncwarp();
 #endif
     }
 
-    // Asks for the first n groups of a chunk, 0: nothing, for stage `to`.
-    __device__ __forceinline__ void ask(int to, const char *from, int n, int lane) {
+    // Asks for a chunk, for stage `to`: its groups, of which `left` exist.
+    __device__ __forceinline__ void ask(int to, const char *from, int left, int lane) {
         char *at = stages + to * kStageBytes;
 #ifdef BNB__HOPPER
-        if (lane != 0 || n == 0) return;
+        if (lane != 0) return;
+        const int n = kGroups == 1 ? 1 : min(kGroups, left);
         barrier_expect(full + to * 8, n * kUnits * kUnitBytes);
 #pragma unroll
         for (int i = 0; i < kGroups; ++i)
@@ -1483,7 +1492,7 @@ template <int kUnits, int kGroups> struct Ring {
         for (int i = 0; i < kGroups; ++i)
 #pragma unroll
             for (int j = lane * 16; j < kUnits * kUnitBytes; j += 512)
-                if (i < n) copy16(at + i * kUnits * kUnitBytes + j, from + i * kTileBytes + j);
+                if (i < left) copy16(at + i * kUnits * kUnitBytes + j, from + i * kTileBytes + j);
         commit_copies();
 #endif
     }
@@ -1593,7 +1602,9 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
             while (ahead >= chunks) ahead -= chunks, ++ahead_band;
             from = bands.tiles(a, ahead_band) + (size_t)ahead * (kGroups * kTileBytes);
         }
-        ring.ask(stage, from, ahead_band < bands.n ? min(kGroups, groups - ahead * kGroups) : 0, lane);
+        const bool more = ahead_band < bands.n;
+        if (!S::Stages::kCountsEmpty && !more) return;
+        ring.ask(stage, from, more ? groups - ahead * kGroups : 0, lane);
         from += kWarps * kGroups * kTileBytes, ahead += kWarps;
     };
     ask_next(0); // weights do not depend on the kernel before
@@ -1706,7 +1717,8 @@ __global__ void __launch_bounds__(512, 1)
     int ahead = begin, ahead_band = band, ahead_chunk = chunk; // what the ring takes next, at `from`
     const char *from = bands.tiles(a, band) + (size_t)chunk * (kGroups * kTileBytes);
     auto ask_next = [&](int stage) {
-        ring.ask(stage, from, ahead < end ? min(kGroups, groups - ahead_chunk * kGroups) : 0, lane);
+        if (!S::Stages::kCountsEmpty && ahead >= end) return;
+        ring.ask(stage, from, ahead < end ? groups - ahead_chunk * kGroups : 0, lane);
         from += kGroups * kTileBytes, ++ahead;
         if (++ahead_chunk == chunks) ahead_chunk = 0, from = bands.tiles(a, ++ahead_band);
     };
