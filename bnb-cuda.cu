@@ -345,11 +345,14 @@ struct Cache {
     float *absmax; // int8_kv: [blocks of a row, R]; else NULL
 };
 __device__ float get(const Cache &x, long r, long c) { // a code is not yet multiplied by its scale
-    return x.absmax ? static_cast<float>(reinterpret_cast<const signed char *>(x.rows.data)[r * x.rows.ld + c]) : get(x.rows, r, c);
+    if (!x.absmax) return get(x.rows, r, c);
+    return static_cast<float>(reinterpret_cast<const signed char *>(x.rows.data)[r * x.rows.ld + c]);
 }
 
 // int8_kv, see bnb_set_rows: absmax of a block whose largest |x| has these bits, and the code of one of its numbers.
-__device__ float kv_absmax(unsigned top) { return __uint_as_float(top >= 0x7f800000u ? 0x7fc00000u : top < 0x03800000u ? 0 : top); }
+__device__ float kv_absmax(unsigned top) {
+    return __uint_as_float(top >= 0x7f800000u ? 0x7fc00000u : top < 0x03800000u ? 0 : top);
+}
 __device__ int kv_code(float x, float absmax) {
     float v = absmax > 0 ? x * (127 / absmax) : 0.0f;
     return static_cast<int>(rintf(v));
@@ -507,8 +510,8 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
 }
 
 // The same for int8_kv: a group of 32 lanes for a block of B columns.
-__global__ void __launch_bounds__(THREADS) set_rows_int8_kernel(Rows x, Cache cache, Rows x2, Cache cache2, const int *rows, int R, int C, int B, int *fault,
-                                                                int node) {
+__global__ void __launch_bounds__(THREADS) set_rows_int8_kernel(Rows x, Cache cache, Rows x2, Cache cache2, const int *rows,
+                                                                int R, int C, int B, int *fault, int node) {
     wait_for_previous();
     const long t = blockIdx.y, b = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y;
     const int r = rows[t], lane = threadIdx.x;
@@ -693,7 +696,8 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Cache k, Cac
         *fault = node + 1;
         first = end = 0;
     }
-    const float *k_absmax = k.absmax ? k.absmax + h / group * R : nullptr, *v_absmax = v.absmax ? v.absmax + h / group * R : nullptr;
+    const float *k_absmax = k.absmax ? k.absmax + h / group * R : nullptr;
+    const float *v_absmax = v.absmax ? v.absmax + h / group * R : nullptr;
     if (thread < D) query[thread] = get(q, t, h * D + thread) * scale;
     float top = -INFINITY, sum = 0, out = 0;
     for (int r0 = first; r0 < end; r0 += THREADS) {
@@ -3268,9 +3272,9 @@ __device__ inline void attention_store(const Attention &a, int t, int column, fl
 }
 
 /* ---- decode ---------------------------------------------------------------------------------------------------------
- * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D), f16 in a uint4 or codes in a uint2; G heads share it. Each group of lanes takes cache rows
- * of its own and keeps its own maximum, sum and weighted values; they are joined in the end: lanes of a warp, warps of
- * a block, blocks of the cluster. */
+ * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D), f16 in a uint4 or codes in a uint2; G heads share it. Each
+ * group of lanes takes cache rows of its own and keeps its own maximum, sum and weighted values; they are joined in the
+ * end: lanes of a warp, warps of a block, blocks of the cluster. */
 
 enum { decode_most = 16, decode_warps = 8, decode_cluster = 8 }; /* most: rows of q */
 /* What a group of lanes loads at a time: of codes as many bytes as of f16, where there are registers for it. */
@@ -3300,7 +3304,7 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
     const bool active = d < a.D;
     const __half *const key_new = (const __half *)a.k_new + column, *const value_new = (const __half *)a.v_new + column;
     float *const k_absmax = a.k_absmax + (long)kv_head * a.R, *const v_absmax = a.v_absmax + (long)kv_head * a.R;
-    uint4 k_half = {}, v_half = {}; /* the new row, to be coded */
+    uint4 k_half = {}, v_half = {}; /* the new row, which becomes codes twice: for the cache, and where it is read */
     if (coded && row >= 0 && active) k_half = __ldg((const uint4 *)key_new), v_half = __ldg((const uint4 *)value_new);
     if (!coded && row >= 0 && rank == 0 && tid < a.D / 8) {
         const long to = row * a.ldkv + kv_column + 8 * tid;
@@ -3456,7 +3460,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
 template <int LANES, class Packed>
 cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, bool pdl) {
     const int shared_by = a.n_head / a.n_head_kv, G = shared_by % 4 == 0 && LANES < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
-    const int chunks = a.n_head / G, rows = decode_warps * (G == 4 ? decode_rows<4, Packed> : decode_rows<1, Packed>) * (32 / LANES);
+    const int at_once = G == 4 ? decode_rows<4, Packed> : decode_rows<1, Packed>;
+    const int chunks = a.n_head / G, rows = decode_warps * at_once * (32 / LANES);
     int cluster = 1; /* a block for each multiprocessor, at most one for each `rows` rows of cache */
     while (cluster < decode_cluster && a.T * chunks * cluster * 2 <= multiprocessors() && cluster * rows < a.R)
         cluster *= 2;
@@ -4061,7 +4066,8 @@ void run_draw(Launch &l, const Step &s) {
                static_cast<int *>(s.y->plane[0]), C);
 }
 
-int int8_block(const bnb_tensor *cache) { return cache->type == BNB_INT8_KV ? cache->quant.blocksize : 0; } // columns that share a scale
+// Columns that share a scale; 0: there are no scales.
+int int8_block(const bnb_tensor *cache) { return cache->type == BNB_INT8_KV ? cache->quant.blocksize : 0; }
 
 void run_set_rows(Launch &l, const Step &s) {
     const bnb_tensor *a = s.nodes[0], *b = s.nodes.size() > 1 ? s.nodes[1] : nullptr;
@@ -4071,9 +4077,11 @@ void run_set_rows(Launch &l, const Step &s) {
     const int R = static_cast<int>(a->shape[0]), C = static_cast<int>(a->shape[1]);
     const unsigned T = static_cast<unsigned>(a->src[1]->shape[0]);
     if (const int B = int8_block(a))
-        l.q.launch(set_rows_int8_kernel, dim3(blocks(C / B, GROUPS), T), dim3(LANES, GROUPS), x, cache, x2, cache2, rows, R, C, B, l.plan.device->fault, l.node());
+        l.q.launch(set_rows_int8_kernel, dim3(blocks(C / B, GROUPS), T), dim3(LANES, GROUPS), x, cache, x2, cache2, rows, R, C, B,
+                   l.plan.device->fault, l.node());
     else
-        l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows, rows, R, C, l.plan.device->fault, l.node());
+        l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows, rows, R, C,
+                   l.plan.device->fault, l.node());
 }
 
 void run_linear(Launch &l, const Step &s) {

@@ -1487,7 +1487,8 @@ static bnb_tensor *bnb__leaf(bnb_ctx *c, int32_t type, const bnb_quant *quant, i
     if ((type == BNB_INT8 || type == BNB_INT8_KV) && n_dims != 2)
         return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': %s needs 2 dimensions, not %d", name, bnb_type_name(type), (int)n_dims);
     if (type == BNB_INT8_KV && shape[1] % q.blocksize)
-        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': %lld columns are not whole blocks of %d", name, (long long)shape[1], (int)q.blocksize);
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': %lld columns are not whole blocks of %d", name, (long long)shape[1],
+                             (int)q.blocksize);
     for (int32_t i = 0; i < BNB_MAX_PLANES; i++)
         if (bnb_plane_bytes(type, &q, n_dims, shape, i) > (uint64_t)INT64_MAX)
             return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': its dimensions are negative or overflow", name);
@@ -1779,7 +1780,8 @@ static const char *bnb__shape_attention(bnb_tensor *y) {
     int64_t D = q->shape[1] / heads, width = D * kv;
     if (!bnb__is_cache(k) || k->shape[1] != width) return "k must be f32, f16 or int8_kv [R, n_head_kv * D]";
     if (v->type != k->type || v->n_dims != 2 || v->shape[0] != k->shape[0] || v->shape[1] != width) return "v must be like k";
-    if (k->type == BNB_INT8_KV && (k->quant.blocksize != D || v->quant.blocksize != D)) return "the blocksize of int8_kv must be D";
+    if (k->type == BNB_INT8_KV && (k->quant.blocksize != D || v->quant.blocksize != D))
+        return "the blocksize of int8_kv must be D";
     if (span->type != BNB_I32 || span->n_dims != 2 || span->shape[0] != q->shape[0] || span->shape[1] != 2) return "span must be i32 [T, 2]";
     return bnb__result(y, q->shape[0], q->shape[1]);
 }
@@ -3444,7 +3446,8 @@ static BNB__AVX2 void bnb__attention_prompt(const bnb__gemm *g, const bnb__job *
     bnb__attention_local s = bnb__attention_local_of(g, D, job->local);
     const bnb_tensor *k = job->y->src[1], *v = job->y->src[2];
     int64_t kv = h / a.group * D;
-    const float *k_scale = a.k_scale ? a.k_scale + h / a.group * a.R : NULL, *v_scale = a.k_scale ? a.v_scale + h / a.group * a.R : NULL;
+    const float *k_scale = a.k_scale ? a.k_scale + h / a.group * a.R : NULL;
+    const float *v_scale = a.v_scale ? a.v_scale + h / a.group * a.R : NULL;
     bnb__linear lk = {a.k + kv * bnb__size_of(k->type), a.kv_stride, k->type, NULL, NULL, NULL, NULL, 0, 0, D};
     bnb__linear lv = {NULL, 0, 0, v, NULL, (const uint8_t *)a.v, NULL, 0, 0, a.row};
     memset(s.q, 0, (size_t)(nt * BNB__GEMM_LD) * 4);
@@ -3665,7 +3668,10 @@ static BNB__AVX2 void bnb__set_rows_256(const bnb__job *job, int32_t phase, int6
     for (int64_t t = 0; t < x->shape[0]; t++) {
         const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]);
         if (rows[t] < 0 || rows[t] >= cache->shape[0]) continue;
-        if (cache->type == BNB_INT8_KV) { bnb__put_block(bnb__vec_for(BNB_CPU_FAST | BNB_CPU_AVX2), cache, rows[t], tile, xs); continue; }
+        if (cache->type == BNB_INT8_KV) {
+            bnb__put_block(bnb__vec_for(BNB_CPU_FAST | BNB_CPU_AVX2), cache, rows[t], tile, xs);
+            continue;
+        }
         char *to = (char *)cache->plane[0] + rows[t] * cache->stride[0];
         if (cache->type == BNB_F32) { memcpy(to + c0 * 4, xs + c0, (size_t)(c1 - c0) * 4); continue; }
         for (int64_t i = c0; i < c1; i += 8) {
@@ -4008,7 +4014,8 @@ static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
     if (cache->type != BNB_INT8_KV)
         bnb_convert(BNB_F32, bnb__row(x, t), cache->type, (char *)cache->plane[0] + row * cache->stride[0], x->shape[1], NULL);
     else
-        for (int64_t b = 0; b < x->shape[1] / cache->quant.blocksize; b++) bnb__put_block(bnb__vec_for(0), cache, row, b, bnb__row(x, t));
+        for (int64_t b = 0; b < x->shape[1] / cache->quant.blocksize; b++)
+            bnb__put_block(bnb__vec_for(0), cache, row, b, bnb__row(x, t));
 }
 
 /* Tile: one head of one row. local: scores f32 [R] | one key or value f32 [D] */

@@ -253,7 +253,7 @@ TEST_CASE("models: any number of threads gives the same bits") {
         std::vector<float> first;
         for (int32_t threads : {1, 2, 3, 7}) {
             Env e(threads);
-            Model m(e, GOLDEN + "gpt2", type);
+            Model m(e, GOLDEN + "gpt2", type, false, BNB_COMPUTE_AUTO, 512, type == BNB_NF4 ? BNB_INT8_KV : BNB_F32);
             std::vector<float> l = m.logits(want.prompt);
             if (first.empty()) first = l;
             CHECK(std::memcmp(first.data(), l.data(), l.size() * sizeof(float)) == 0);
