@@ -45,14 +45,16 @@ FUZZERS = $(wildcard tests/fuzz/fuzz_*.cpp)
 FUZZ_SECONDS = 60
 CLANG = clang
 
-# ---- devices: a file, a macro for bnb.c and libraries each. CUDA_ARCH: what to build for; the last one also as PTX ----
+# ---- devices: a file, a macro for bnb.c and libraries each. CUDA_ARCH: what to build for; the last one without a letter
+# also as PTX, which newer GPUs' drivers translate ----
 
 ifneq ($(CUDA),)
 NVCC ?= nvcc
 CUDA_ARCH ?= 75 80 90a
 CUDA_HOME ?= $(patsubst %/bin/nvcc,%,$(realpath $(shell command -v $(NVCC))))
 NVCCFLAGS ?= -O3
-GENCODE = $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a))
+PTX_ARCH = $(lastword $(filter-out %a %f,$(CUDA_ARCH)))
+GENCODE = $(foreach a,$(CUDA_ARCH),-gencode arch=compute_$(a),code=sm_$(a)) $(foreach a,$(PTX_ARCH),-gencode arch=compute_$(a),code=compute_$(a))
 LIBRARY_OBJECTS += $(BUILD)/bnb-cuda.o
 DEVICES += -DBNB_CUDA
 LIBS += -L$(CUDA_HOME)/lib64 -lcudart_static -ldl -lrt

@@ -8,8 +8,8 @@
 //        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
 //        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
-//        No managed memory, one stream, no device code that depends on the wave size. The tensor-core kernels need
-//        sm_90a; older NVIDIA GPUs run the plain ones, and so do AMD's.
+//        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_80; those
+//        in Hopper's own instructions sm_90a. Other GPUs run the plain ones.
 #ifndef GPU
 #include <cublasLt.h>
 #include <cuda.h>
@@ -28,6 +28,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <initializer_list>
 #include <memory>
 #include <new>
 #include <unordered_map>
@@ -170,7 +171,9 @@ struct Device {
     uint64_t bytes = 0, bytes_peak = 0;  // allocated on the device
     struct DenseLibrary *dense = nullptr;
     int n_sm = 0, major = 0, minor = 0;
-    bool tiles = false; // has the kernels of [TILE4] and those after it
+    int max_shared = 0; // bytes of shared memory that a block may have
+    bool tiles = false; // Hopper's code runs here: the kernels of [TILE4] and those after it
+    bool mma = false;   // mma.sync, ldmatrix, cp.async: sm_80 and later, with code for it
     char description[128] = "";
 };
 
@@ -328,6 +331,9 @@ __device__ void put(const Rows &y, long t, long c, float v) {
     else reinterpret_cast<float *>(y.data)[t * y.ld + c] = v;
 }
 
+__device__ unsigned half_bits(float v) { return __half_as_ushort(__float2half_rn(v)); }
+__device__ unsigned two_halves(float low, float high) { return half_bits(low) | half_bits(high) << 16; }
+
 // Numbers of a plain type: f32, f16, bf16.
 struct Numbers {
     const void *data;
@@ -469,6 +475,36 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
+// The same for x in f32 and y in f16 with aligned rows of at most 4 THREADS PIECES columns, which are read once.
+template <int PIECES>
+__global__ void __launch_bounds__(THREADS) norm_rows_kernel(const float4 *x, long pitch, const float4 *w, const float4 *b, float eps, int layer, uint2 *y,
+                                                            long y_pitch, int C) {
+    wait_for_previous();
+    const long t = blockIdx.x;
+    float4 v[PIECES];
+    float sum = 0, square = 0;
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        v[i] = c < C / 4 ? x[t * pitch + c] : make_float4(0, 0, 0, 0);
+        sum += v[i].x + v[i].y + v[i].z + v[i].w;
+    }
+    const float mean = layer ? block_sum(sum) / C : 0;
+    for (int i = 0; i < PIECES; i++) {
+        if (i * THREADS + static_cast<int>(threadIdx.x) >= C / 4) continue;
+        v[i] = make_float4(v[i].x - mean, v[i].y - mean, v[i].z - mean, v[i].w - mean);
+        square += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+    }
+    const float scale = 1 / sqrtf(block_sum(square) / C + eps);
+    for (int i = 0; i < PIECES; i++) {
+        const int c = i * THREADS + threadIdx.x;
+        if (c >= C / 4) continue;
+        const float4 g = w ? w[c] : make_float4(1, 1, 1, 1), o = b ? b[c] : make_float4(0, 0, 0, 0);
+        // 8 bytes as one store: nvcc 13.0 makes wrong code of memcpy from __half [4], the low byte of each is lost
+        y[t * y_pitch + c] = make_uint2(two_halves(v[i].x * scale * g.x + o.x, v[i].y * scale * g.y + o.y),
+                                        two_halves(v[i].z * scale * g.z + o.z, v[i].w * scale * g.w + o.w));
+    }
+}
+
 // y = op(a, b) or op(a); b: like a, or one row for all
 __global__ void pointwise_kernel(int op, Rows a, Rows b, Numbers row, float factor, Rows y, int C) {
     wait_for_previous();
@@ -509,9 +545,24 @@ __global__ void set_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const 
     if (x2.data) put(cache2, r, c, get(x2, t, c));
 }
 
-// The same for int8_kv: a group of 32 lanes for a block of B columns.
-__global__ void __launch_bounds__(THREADS) set_rows_int8_kernel(Rows x, Cache cache, Rows x2, Cache cache2, const int *rows,
-                                                                int R, int C, int B, int *fault, int node) {
+// The same for f16 to f16 with aligned rows: n pieces of 16 bytes each.
+__global__ void copy_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const int *rows, int R, int n, int *fault, int node) {
+    wait_for_previous();
+    const long t = blockIdx.y;
+    const int i = blockIdx.x * THREADS + threadIdx.x, r = rows[t];
+    if (r < 0 || r >= R) {
+        *fault = node + 1;
+        return;
+    }
+    if (i >= n) return;
+    reinterpret_cast<uint4 *>(cache.data)[r * (cache.ld / 8) + i] = reinterpret_cast<const uint4 *>(x.data)[t * (x.ld / 8) + i];
+    if (x2.data) reinterpret_cast<uint4 *>(cache2.data)[r * (cache2.ld / 8) + i] = reinterpret_cast<const uint4 *>(x2.data)[t * (x2.ld / 8) + i];
+}
+
+// The same from any rows to int8_kv: a group of 32 lanes for a block of B columns.
+__global__ void __launch_bounds__(THREADS) set_rows_int8_kernel(Rows x, Cache cache, Rows x2, Cache cache2,
+                                                                const int *rows, int R, int C, int B, int *fault,
+                                                                int node) {
     wait_for_previous();
     const long t = blockIdx.y, b = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y;
     const int r = rows[t], lane = threadIdx.x;
@@ -868,16 +919,22 @@ __global__ void feed_kernel(Feeds f) {
 
 #ifdef __CUDACC__
 /* ==== [TILE4] ====================================================================================================
- * linear with 4-bit and with f16 weights. Hopper's own instructions: code for other architectures has these kernels empty,
- * and is never asked for them (has_hopper_code). */
+ * linear with 4-bit and with f16 weights, once in Hopper's own instructions and once in those that every GPU has from
+ * sm_80 on. Code for other architectures has these kernels empty, and is never asked for them (code_of). */
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define BNB__HOPPER
 #endif
+#if __CUDA_ARCH__ >= 800 // mma.sync, ldmatrix, cp.async
+#define BNB__MMA
+#endif
+#if defined(__CUDA_ARCH__) && !defined(BNB__HOPPER)
+#pragma nv_diag_suppress 177 // "never referenced": what empty kernels would call
+#endif
 
 namespace tile4 {
 
-// y = x W^T on NVIDIA Hopper, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
+// y = x W^T on NVIDIA GPUs from sm_80 on, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
 //
 // Weights in 4 bits are kept in an invertible permutation of codes and absmax, made once at load (tile4_pack). A block
 // of 64 rows is a sequence of tiles along K; a tile is 64 rows by 64 columns, four units of 16 rows, 576 bytes each:
@@ -888,16 +945,20 @@ namespace tile4 {
 // After the tiles: f32 row_scale [blocks * 64], for each row a power of two no less than its largest absmax.
 // Rows past N have codes and absmax 0.
 //
-// Both kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
+// All kernels turn a byte of two codes into a half2 with one load from a table in shared memory that holds the 256
 // pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
-//     linear4_small  M <= 16: the warps of a block split K; bulk copies fill a private ring of units per warp;
+//     linear4_small  M <= 16: the warps of a block split K; copies fill a private ring of units per warp;
 //                    mma.sync, and each group of 64 columns is multiplied by its exact f32 absmax. With one row of
-//                    x nothing is summed over the warps before the end.
-//     linear4_wgmma  any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into the
-//                    A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the f16
-//                    weights, so that the accumulators sum over all of K. K may be split over the warpgroups of a
-//                    block and over a cluster.
-// Dense f16 weights: linear16, for M <= 8.
+//                    x nothing is summed over the warps before the end. Hopper and sm_80 share it: they differ in
+//                    how bytes reach the ring, and in how much shared memory there is for it.
+//     linear4_wgmma  Hopper, any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into
+//                    the A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the
+//                    f16 weights, so that the accumulators sum over all of K. K may be split over the warpgroups of
+//                    a block and over a cluster.
+//     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
+//                    block split K.
+// Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share nothing but stage_x:
+// TMA swizzles rows into shared memory, while lanes can load their fragments straight into registers.
 
 enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu };
 enum Norm { kNormNone, kNormLayer, kNormRms };
@@ -917,6 +978,8 @@ struct LinearCall {
     long ldr;
     int y_f32;             // y is f32, else f16
     int n_sm;              // multiprocessors of the device
+    int max_shared;        // bytes of shared memory that a block may have there
+    bool hopper;           // whether it runs Hopper's own instructions
 };
 
 struct Linear4Part {
@@ -967,7 +1030,6 @@ __device__ __forceinline__ int unit_byte(int t, int e) { return 8 * (e >> 1) + t
 // One thread per row of a lane: 8 bytes of codes; the threads of lanes t == 0 also move the row's absmax.
 template <bool kPack>
 __global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N, int K, char *units) {
-#ifdef BNB__HOPPER
     const int groups = K / kGroup;
     const size_t total = (size_t)blocks_of(N) * groups * kBlockUnits * 64;
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total; i += (size_t)gridDim.x * blockDim.x) {
@@ -986,12 +1048,10 @@ __global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N
             if (t == 0 && column % blocksize == 0) absmax[column / blocksize] = *scale;
         }
     }
-#endif
 }
 
 // One warp per row.
 __global__ void tile4_row_scale(const float *absmax, int blocksize, int N, int K, float *row_scale) {
-#ifdef BNB__HOPPER
     const int row = (blockIdx.x * blockDim.x + threadIdx.x) / 32, lane = threadIdx.x % 32;
     if (row >= blocks_of(N) * kBlockRows) return;
     float largest = 0;
@@ -1002,7 +1062,6 @@ __global__ void tile4_row_scale(const float *absmax, int blocksize, int N, int K
     int exponent = 0;
     frexpf(largest, &exponent); // largest <= 2^exponent
     if (lane == 0) row_scale[row] = ldexpf(1.0f, min(max(exponent, -120), 120));
-#endif
 }
 
 cudaError_t tile4_pack(cudaStream_t stream, const uint8_t *codes, const float *absmax, int blocksize, int N, int K,
@@ -1027,8 +1086,33 @@ cudaError_t tile4_unpack(cudaStream_t stream, const void *units, int blocksize, 
 __device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // The next kernel of the stream may start. It waits before it touches what this one reads or writes.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void wait_for_prior_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+// Code for older GPUs is not launched early.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_prior_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// This thread copies 16 bytes to shared memory, or zeros.
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Ends a group of this thread's copies, which may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread's copies are under way. What other threads copied is there after a
+// barrier that follows.
+template <int kPending> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -1350,17 +1434,37 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
     }
 }
 
+// y[m][n .. n + 4] = act(v * scale + bias) + residual, of which the first n_valid exist.
+__device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out, int m, int n, int n_valid,
+                                       float (&v)[4], const float4 &scale, const float (&bias)[4]) {
+    v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        v[j] = activate(v[j] + bias[j], a.act);
+        if (a.residual && j < n_valid) v[j] += a.residual[m * a.ldr + n + j];
+    }
+    const size_t to = (size_t)m * out.ldy + n;
+    if (n_valid == 4 && out.ldy % 4 == 0) {
+        if (a.y_f32) *(float4 *)((float *)out.y + to) = make_float4(v[0], v[1], v[2], v[3]);
+        else *(uint2 *)((__half *)out.y + to) = make_uint2(half2_bits(v[0], v[1]), half2_bits(v[2], v[3]));
+    } else {
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            if (j < n_valid) store_y(out.y, to + j, v[j], a.y_f32);
+    }
+}
+
 // ---- linear4_small --------------------------------------------------------------------------------------------------
 
 // kCols: columns of the tensor core tile, 1 (one row of x), 8 or 16. kUnits: neighbouring strips of 16 rows, 1, 2 or 4,
 // that a warp takes together: a band. kGroups: groups of 64 columns that it takes together: a chunk.
 template <int kCols, int kUnits, int kGroups> struct Small {
     static constexpr int kWarps = 16, kThreads = kWarps * 32;
-    static constexpr int kStages = kUnits * kGroups == 1 ? 4 : 2; // of each warp's ring
+    static constexpr int kStages = kCols == 16 ? 4 : 2; // of each warp's ring
     static constexpr int kTiles = (kCols + 7) / 8, kRows = kUnits * kUnitRows;
     static constexpr int kStride = kCols == 1 ? 256 : 128; // of the table; a single row of x lies in its 256 gaps
     static constexpr int kStageBytes = kGroups * kUnits * kUnitBytes;  // units [kGroups][kUnits]
-    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages]
+    static constexpr int kBarriers = 256 * kStride;                    // u64 [kWarps][kStages], Hopper's
     static constexpr int kScratch = kBarriers + kWarps * kStages * 8;  // f32 [64]
     static constexpr int kRing = kScratch + 256;                       // stages [kWarps][kStages]
     // f32 partial [bands][kWarps][kRows] for a single row of x, whose warps meet once; else [kWarps][M][kRows].
@@ -1395,7 +1499,7 @@ __device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, 
 template <int kCols, int kUnits, int kGroups>
 __global__ void __launch_bounds__(512, 1)
     linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
-#ifdef BNB__HOPPER
+#ifdef BNB__MMA
     using S = Small<kCols, kUnits, kGroups>;
     constexpr int kBlockBands = kBlockUnits / kUnits; // of a block of 64 rows
     extern __shared__ __align__(1024) char shared[];
@@ -1403,13 +1507,15 @@ __global__ void __launch_bounds__(512, 1)
     const int first = blockIdx.x * share + min((int)blockIdx.x, more), bands = share + ((int)blockIdx.x < more);
     const int groups = a.K / kGroup, chunks = ceil_div(groups, kGroups), M = kCols == 1 ? 1 : a.M;
 
-    const char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
+    char *ring = shared + S::kRing + warp * S::kStages * S::kStageBytes;
+#ifdef BNB__HOPPER
     const uint32_t full = shared_address(shared + S::kBarriers) + warp * S::kStages * 8;
     if (lane == 0) {
         for (int i = 0; i < S::kStages; ++i) barrier_init(full + i * 8, 1);
         barrier_init_fence();
     }
     __syncwarp();
+#endif
 
     // What the ring's next free stage will hold: the chunk `ahead` of a band, at `from`.
     int ahead_band = -1, ahead = chunks;
@@ -1423,7 +1529,10 @@ __global__ void __launch_bounds__(512, 1)
                band % kBlockBands * (kUnits * kUnitBytes);
     };
     next_ahead();
+    // On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part of the units:
+    // a stage is a group of its copies, at the end an empty one.
     auto copy_next = [&](int stage) {
+#ifdef BNB__HOPPER
         if (ahead_band >= bands) return;
         if (lane == 0) {
             const int n = kGroups == 1 ? 1 : min(kGroups, groups - ahead * kGroups);
@@ -1434,6 +1543,19 @@ __global__ void __launch_bounds__(512, 1)
                     bulk_copy(shared_address(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes),
                               from + i * kTileBytes, kUnits * kUnitBytes, full + stage * 8);
         }
+#else
+        const int n = ahead_band < bands ? min(kGroups, groups - ahead * kGroups) : 0;
+#pragma unroll
+        for (int i = 0; i < kGroups; ++i)
+#pragma unroll
+            for (int j = 0; j < ceil_div(kUnits * kUnitBytes, 512); ++j) {
+                const int at = j * 512 + lane * 16;
+                if (i < n && at < kUnits * kUnitBytes)
+                    copy16(ring + stage * S::kStageBytes + i * kUnits * kUnitBytes + at, from + i * kTileBytes + at);
+            }
+        commit_copies();
+        if (n == 0) return;
+#endif
         from += S::kWarps * kGroups * kTileBytes, ahead += S::kWarps;
         next_ahead();
     };
@@ -1499,11 +1621,17 @@ __global__ void __launch_bounds__(512, 1)
     };
 
     int chunk = warp, stage = 0;
-    uint32_t parity = 0, b[S::kTiles][8] = {};
+    [[maybe_unused]] uint32_t parity = 0;
+    uint32_t b[S::kTiles][8] = {};
     for (int band = 0; band < bands; ++band) {
         float sum[kUnits][S::kTiles][4] = {};
         for (; chunk < chunks; chunk += S::kWarps) {
+#ifdef BNB__HOPPER
             barrier_wait(full + stage * 8, parity);
+#else
+            wait_copies<S::kStages - 1>();
+            __syncwarp();
+#endif
             uint4 codes[kGroups][kUnits];
             float2 absmax[kGroups][kUnits]; // of rows g and g + 8
 #pragma unroll
@@ -1746,23 +1874,200 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                         const float4 q = ranks > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
                         v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
                     }
-                v[0] *= scale.x, v[1] *= scale.y, v[2] *= scale.z, v[3] *= scale.w;
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    v[j] = activate(v[j] + bias[j], a.act);
-                    if (a.residual && j < n_valid) v[j] += a.residual[m * a.ldr + n + j];
-                }
-                const size_t to = (size_t)m * out.ldy + n;
-                if (n_valid == 4 && out.ldy % 4 == 0) {
-                    if (a.y_f32) *(float4 *)((float *)out.y + to) = make_float4(v[0], v[1], v[2], v[3]);
-                    else *(uint2 *)((__half *)out.y + to) = make_uint2(half2_bits(v[0], v[1]), half2_bits(v[2], v[3]));
-                } else {
-#pragma unroll
-                    for (int j = 0; j < 4; ++j)
-                        if (j < n_valid) store_y(out.y, to + j, v[j], a.y_f32);
-                }
+                write4(a, out, m, n, n_valid, v, scale, bias);
             }
             sync();
+        }
+    }
+#endif
+}
+
+// ---- linear4_mma ----------------------------------------------------------------------------------------------------
+
+// kN rows of x by kRowWarps * kUnits units of 16 rows of W per block. A warp computes kUnits of them; the kSplit warps
+// that share units split K.
+template <int kN, int kUnits, int kRowWarps, int kStages> struct Mma {
+    static constexpr int kWarps = 8, kThreads = kWarps * 32, kSplit = kWarps / kRowWarps;
+    static_assert(kStages >= 3, "a step is multiplied, one is decoded, one is copied");
+    static constexpr int kAllUnits = kRowWarps * kUnits, kRows = kAllUnits * kUnitRows;
+    static constexpr int kStrip = kAllUnits < kBlockUnits ? kAllUnits : kBlockUnits; // units of a tile
+    static constexpr int kStripBytes = kStrip * kUnitBytes, kStripPieces = kStripBytes / 16;
+    static constexpr int kBlocks = kAllUnits / kStrip;             // blocks of 64 rows that the units are of
+    static constexpr int kStageX = kSplit * kN * kGroup * 2;       // f16 [kSplit][kN][64], 128-byte swizzle
+    static constexpr int kStageW = kSplit * kBlocks * kStripBytes; // units [kBlocks][kSplit][kStrip]
+    // A thread's copies of 16 bytes for a step: of x, and of W for each of the blocks.
+    static constexpr int kCopiesX = kStageX / (16 * kThreads), kCopiesW = ceil_div(kSplit * kStripPieces, kThreads);
+    static constexpr int kChunk = kN < 32 ? kN : 32; // columns of y that are written together
+    static constexpr int kPitch = kRows + 4;         // conflict-free for the accumulator fragments
+    static constexpr int kPartialBytes = kSplit * kChunk * kPitch * 4; // f32 [kSplit][kChunk][kPitch], over the ring
+    static constexpr int kX = kTableBytes, kW = kX + kStages * kStageX, kEnd = kW + kStages * kStageW;
+    static constexpr int kShared = kEnd > kX + kPartialBytes ? kEnd : kX + kPartialBytes;
+    // Two blocks per multiprocessor where they fit an A100's 164 KiB: one decodes while the other multiplies.
+    static constexpr int kPerSm = kShared <= 81 * 1024 ? 2 : 1;
+};
+
+template <int kN, int kUnits, int kRowWarps, int kStages>
+__global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPerSm)
+    linear4_mma(const __grid_constant__ Linear4 a, int n_blocks) {
+#ifdef BNB__MMA
+    using S = Mma<kN, kUnits, kRowWarps, kStages>;
+    extern __shared__ __align__(1024) char shared[];
+    constexpr int kSplit = S::kSplit;
+    const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int row_warp = warp % kRowWarps, split = warp / kRowWarps;
+
+    // A step is kSplit groups of 64 columns. Blocks with the same rows of W follow each other, so that W is read from
+    // memory once.
+    const int groups = a.K / kGroup, steps = ceil_div(groups, kSplit), m_tiles = ceil_div(a.M, kN);
+    const int m0 = blockIdx.x % m_tiles * kN, unit0 = blockIdx.x / m_tiles * S::kAllUnits;
+    auto block_of = [&](int unit) { return min((unit0 + unit) / kBlockUnits, n_blocks - 1); };
+
+    launch_dependents();
+    wait_for_prior_kernel();
+
+    // What a thread copies for each step: of x the same 16 bytes of rows that are 32 apart, or with kN == 16 of a row in
+    // every other group; of W what lies kThreads pieces apart in the ring.
+    const int line = thread / 8, row = line % kN, piece = thread % 8; // line: of the first 32 of [kSplit][kN]
+    const __half *x_from = (const __half *)a.x + (m0 + row) * a.ldx + line / kN * kGroup + piece * 8;
+    const int x_to = S::kX + line * 128 + ((piece ^ row) & 7) * 16;
+    const char *w_from[S::kBlocks]; // the first group's units
+#pragma unroll
+    for (int b = 0; b < S::kBlocks; ++b)
+        w_from[b] = block_at(a, block_of(b * kBlockUnits)).tiles + unit0 % kBlockUnits * kUnitBytes;
+    int w_at[S::kCopiesW];
+#pragma unroll
+    for (int i = 0; i < S::kCopiesW; ++i) {
+        const int p = thread + i * S::kThreads;
+        w_at[i] = p / S::kStripPieces * kTileBytes + p % S::kStripPieces * 16;
+    }
+    int left = groups, free_stage = 0; // what the next copies begin with, and where they go
+    auto copy_step = [&] {
+        if (left > 0) {
+#pragma unroll
+            for (int i = 0; i < S::kCopiesX; ++i) { // columns past K and rows past M: zeros
+                const int rows = i * 32 % kN, group = i * 32 / kN;
+                const bool valid = m0 + row + rows < a.M && line / kN + group < left;
+                const __half *from = x_from + rows * a.ldx + group * kGroup;
+                copy16(shared + x_to + free_stage * S::kStageX + i * 32 * 128, valid ? from : a.x, valid);
+            }
+#pragma unroll
+            for (int b = 0; b < S::kBlocks; ++b)
+#pragma unroll
+                for (int i = 0; i < S::kCopiesW; ++i) {
+                    const int p = thread + i * S::kThreads;
+                    if (p < kSplit * S::kStripPieces && w_at[i] < left * kTileBytes)
+                        copy16(shared + S::kW + free_stage * S::kStageW + (b * kSplit * S::kStripPieces + p) * 16,
+                               w_from[b] + w_at[i]);
+                }
+        }
+        commit_copies(); // if of nothing: a step is a group
+        x_from += kSplit * kGroup, left -= kSplit;
+#pragma unroll
+        for (int b = 0; b < S::kBlocks; ++b) w_from[b] += kSplit * kTileBytes;
+        if (++free_stage == kStages) free_stage = 0;
+    };
+    for (int i = 0; i < kStages - 1; ++i) copy_step();
+    for (int i = thread; i < 512; i += S::kThreads) fill_table<128>(shared, a.map, i);
+
+    float inverse[kUnits][2]; // of the scales of rows g and g + 8
+#pragma unroll
+    for (int u = 0; u < kUnits; ++u) {
+        const int unit = row_warp * kUnits + u;
+        const float *scale = block_at(a, block_of(unit)).row_scale + (unit0 + unit) % kBlockUnits * kUnitRows + g;
+        inverse[u][0] = 1.0f / scale[0], inverse[u][1] = 1.0f / scale[8];
+    }
+    int fetched = split, w_stage = 0; // the group and the stage that fetch comes to
+    auto fetch = [&](uint32_t(&f)[kUnits][16]) { // decodes the weights of a step
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u) {
+            const int unit = row_warp * kUnits + u;
+            const char *from = shared + S::kW + w_stage * S::kStageW +
+                               (unit / S::kStrip * kSplit + split) * S::kStripBytes + unit % S::kStrip * kUnitBytes;
+            decode<128>(*(const uint4 *)(from + lane * 16), shared, lane * 4, f[u]);
+            float2 absmax = *(const float2 *)(from + kCodeBytes + g * 8);
+            if (kSplit > 1 && fetched >= groups) absmax = make_float2(0, 0); // past K: x is zero
+            const __half2 scale0 = __float2half2_rn(absmax.x * inverse[u][0]);
+            const __half2 scale8 = __float2half2_rn(absmax.y * inverse[u][1]);
+#pragma unroll
+            for (int i = 0; i < 16; ++i) {
+                const __half2 v = __hmul2(*(const __half2 *)&f[u][i], i & 1 ? scale8 : scale0);
+                f[u][i] = *(const uint32_t *)&v;
+            }
+        }
+        fetched += kSplit;
+        if (++w_stage == kStages) w_stage = 0;
+    };
+    float acc[kUnits][kN / 8][4] = {}; // rows g (+ 8) of the units, rows 8 n + 2 t (+ 1) of x
+    int x_stage = 0;
+    auto multiply = [&](const uint32_t(&f)[kUnits][16]) {
+        constexpr int kBatch = kN / 8 < 4 ? kN / 8 : 4; // tiles of 8 rows of x whose fragments are loaded together
+        const uint32_t x = shared_address(shared + S::kX) + x_stage * S::kStageX + split * (kN * kGroup * 2) +
+                           lane % 8 * 128;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) // of the 64 columns
+#pragma unroll
+            for (int n = 0; n < kN / 8; n += kBatch) {
+                uint32_t b[kBatch][4];
+#pragma unroll
+                for (int i = 0; i < kBatch; ++i)
+                    load_matrices(b[i], x + (n + i) * 1024 + ((half * 4 + lane / 8) ^ lane % 8) * 16);
+#pragma unroll
+                for (int s = 0; s < 2; ++s)
+#pragma unroll
+                    for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+                        for (int u = 0; u < kUnits; ++u)
+                            mma(acc[u][n + i], f[u] + 4 * (2 * half + s), b[i][2 * s], b[i][2 * s + 1]);
+            }
+        if (++x_stage == kStages) x_stage = 0;
+    };
+    // The next step is decoded while the tensor cores run.
+    uint32_t f[2][kUnits][16];
+    wait_copies<kStages - 2>(); // of the kStages - 1 steps under way the first is there
+    __syncthreads();
+    fetch(f[0]);
+    for (int step = 0; step < steps; step += 2) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if (step + i >= steps) break;
+            wait_copies<kStages - 3>(); // step + i + 1 is there,
+            __syncthreads();            // and nobody reads step + i - 1, whose stage is free now
+            copy_step();
+            if (step + i + 1 < steps) fetch(f[i ^ 1]);
+            multiply(f[i]);
+        }
+    }
+
+    // y: the fragments go through shared memory, kChunk rows of x at a time, so that rows of y are written whole.
+    constexpr int kQuads = S::kRows / 4; // a thread keeps the same four rows of W
+    float *partial = (float *)(shared + S::kX);
+    const int quad = thread % kQuads, unit = unit0 + quad / 4;
+    const Block out_block = block_at(a, block_of(quad / 4));
+    const Linear4Part &out = a.part[out_block.part];
+    const int n = out_block.row + unit % kBlockUnits * kUnitRows + quad % 4 * 4;
+    const int n_valid = unit / kBlockUnits < n_blocks ? min(4, out.N - n) : 0;
+    const float4 scale = *(const float4 *)(out_block.row_scale + unit % kBlockUnits * kUnitRows + quad % 4 * 4);
+    float bias[4] = {};
+    for (int j = 0; j < n_valid; ++j) bias[j] = out.bias ? out.bias[n + j] : 0.0f;
+#pragma unroll
+    for (int c = 0; c < kN; c += S::kChunk) {
+        if (m0 + c >= a.M) break;
+        __syncthreads(); // what lies there was read
+#pragma unroll
+        for (int u = 0; u < kUnits; ++u)
+#pragma unroll
+            for (int i = 0; i < S::kChunk / 2; ++i)
+                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch +
+                        (row_warp * kUnits + u) * kUnitRows + g + (i & 2) * 4] = acc[u][c / 8 + i / 4][i % 4];
+        __syncthreads();
+        for (int i = thread / kQuads; i < S::kChunk && m0 + c + i < a.M; i += S::kThreads / kQuads) {
+            float v[4] = {};
+#pragma unroll
+            for (int k = 0; k < kSplit; ++k) {
+                const float4 q = *(const float4 *)(partial + (k * S::kChunk + i) * S::kPitch + quad * 4);
+                v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
+            }
+            write4(a, out, m0 + c + i, n, n_valid, v, scale, bias);
         }
     }
 #endif
@@ -1855,15 +2160,90 @@ __global__ void __launch_bounds__(288, 1)
 #endif
 }
 
+// From sm_80 on: the 16 warps of a block split K, in chunks of 128 columns, for 16 rows of W at a time. k is taken in
+// an order in which a lane's fragments of two k16 steps are 16 bytes that follow each other, in W and in x.
+struct Mma16 {
+    static constexpr int kWarps = 16, kThreads = kWarps * 32, kChunk = 128;
+    static constexpr int kSumBytes = kWarps * 8 * 16 * 4;  // f32 [kWarps][8 rows of x][16 rows of W]
+    static constexpr int kScratch = 2 * kSumBytes, kX = kScratch + 256; // f32 [64]; f16 x [M][pitch], zeros past K
+    // Neighbours are 16 banks apart, so that loads of 16 bytes from rows of x do not conflict.
+    __host__ __device__ static int x_pitch(int K) { return ceil_div(K, kChunk) * kChunk + 32; }
+    __host__ __device__ static int shared_bytes(int M, int K) { return kX + M * x_pitch(K) * 2; }
+};
+
+__global__ void __launch_bounds__(512, 1) linear16_mma(const __grid_constant__ Linear16 a) {
+#ifdef BNB__MMA
+    using S = Mma16;
+    extern __shared__ __align__(1024) char shared[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const int chunks = ceil_div(a.K, S::kChunk), bands = ceil_div(a.N, kUnitRows), pitch = S::x_pitch(a.K);
+
+    uint4 next[2][4]; // of row g and of row g + 8, 8 columns of each 32 of a chunk
+    auto load = [&](int band, int chunk) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            const int row = min(band * kUnitRows + g + i / 4 * 8, a.N - 1), k = chunk * S::kChunk + i % 4 * 32 + t * 8;
+            const uint4 *from = (const uint4 *)((const __half *)a.w + (size_t)row * a.K + k);
+            next[i / 4][i % 4] = k < a.K ? __ldcs(from) : make_uint4(0, 0, 0, 0);
+        }
+    };
+    if (warp < chunks) load(blockIdx.x, warp); // weights do not depend on the kernel before
+    launch_dependents();
+    const NormWeights early = norm_weights(a, threadIdx.x * 8);
+    wait_for_prior_kernel();
+    __half *x = (__half *)(shared + S::kX);
+    for (int i = threadIdx.x; i < a.M * (pitch - a.K); i += S::kThreads)
+        x[i / (pitch - a.K) * pitch + a.K + i % (pitch - a.K)] = __half(0.0f);
+    stage_x<S::kThreads>(a, early, (float *)(shared + S::kScratch),
+                         [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+    __syncthreads();
+
+    const __half *x_lane = x + min(g, a.M - 1) * pitch + t * 8;
+    float *sums = (float *)shared;
+    for (int band = blockIdx.x; band < bands; band += gridDim.x) {
+        float d[2][4] = {};
+        for (int chunk = warp; chunk < chunks; chunk += S::kWarps) {
+            uint4 w[2][4];
+#pragma unroll
+            for (int i = 0; i < 8; ++i) w[i / 4][i % 4] = next[i / 4][i % 4];
+            if (chunk + S::kWarps < chunks) load(band, chunk + S::kWarps);
+            else if (band + (int)gridDim.x < bands) load(band + gridDim.x, warp);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                const uint4 b = *(const uint4 *)(x_lane + chunk * S::kChunk + i * 32);
+                const uint32_t a0[4] = {w[0][i].x, w[1][i].x, w[0][i].y, w[1][i].y};
+                const uint32_t a1[4] = {w[0][i].z, w[1][i].z, w[0][i].w, w[1][i].w};
+                mma(d[0], a0, b.x, b.y);
+                mma(d[1], a1, b.z, b.w);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            sums[(warp * 8 + 2 * t + (j & 1)) * kUnitRows + g + (j >> 1) * 8] = d[0][j] + d[1][j];
+        __syncthreads();
+        const int m = threadIdx.x / kUnitRows, n = band * kUnitRows + threadIdx.x % kUnitRows;
+        if (m < a.M && n < a.N) {
+            float v = a.bias ? a.bias[n] : 0.0f;
+#pragma unroll
+            for (int i = 0; i < S::kWarps; ++i) v += sums[i * 8 * kUnitRows + threadIdx.x];
+            store_y(a.y, m * a.ldy + n, activate(v, a.act) + (a.residual ? a.residual[m * a.ldr + n] : 0.0f), a.y_f32);
+        }
+        sums = (float *)(shared + ((char *)sums == shared ? S::kSumBytes : 0)); // these are read until the next barrier
+    }
+#endif
+}
+
 // ---- launches -------------------------------------------------------------------------------------------------------
 
 struct SmallKernel {
     int cols, units, groups;
+    bool little; // for blocks that have less shared memory than Hopper's
     void (*kernel)(Linear4, int, int);
     int (*shared_bytes)(int M, int K, int bands);
 };
-template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel() {
-    return {kCols, kUnits, kGroups, linear4_small<kCols, kUnits, kGroups>, Small<kCols, kUnits, kGroups>::shared_bytes};
+template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool little = false) {
+    return {kCols, kUnits, kGroups, little, linear4_small<kCols, kUnits, kGroups>,
+            Small<kCols, kUnits, kGroups>::shared_bytes};
 }
 
 struct WgmmaKernel {
@@ -1876,9 +2256,21 @@ template <int kN, int kRows, int kSplit> constexpr WgmmaKernel wgmma_kernel() {
     return {kN, kRows, kSplit, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit>};
 }
 
+struct MmaKernel {
+    int n, units, split, all_units;
+    int threads, shared, per_sm;
+    void (*kernel)(Linear4, int);
+};
+template <int kN, int kUnits, int kRowWarps, int kStages> constexpr MmaKernel mma_kernel() {
+    using S = Mma<kN, kUnits, kRowWarps, kStages>;
+    return {kN,          kUnits,     S::kSplit, S::kAllUnits,
+            S::kThreads, S::kShared, S::kPerSm, linear4_mma<kN, kUnits, kRowWarps, kStages>};
+}
+
 const SmallKernel kSmallKernels[] = {
-    small_kernel<1, 4, 1>(), small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),  small_kernel<8, 4, 1>(),
-    small_kernel<8, 2, 1>(), small_kernel<8, 1, 2>(), small_kernel<16, 1, 1>(),
+    small_kernel<1, 4, 1>(),     small_kernel<1, 2, 2>(), small_kernel<1, 1, 4>(),
+    small_kernel<1, 1, 1>(true), small_kernel<8, 4, 1>(), small_kernel<8, 2, 1>(),
+    small_kernel<8, 1, 2>(),     small_kernel<8, 1, 1>(true), small_kernel<16, 1, 1>(),
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
@@ -1886,9 +2278,14 @@ const WgmmaKernel kWgmmaKernels[] = {
     wgmma_kernel<64, 2, 2>(), wgmma_kernel<128, 2, 1>(), wgmma_kernel<256, 2, 1>(),
 };
 
-template <class F> cudaError_t allow_shared(F *kernel) {
+const MmaKernel kMmaKernels[] = {
+    mma_kernel<16, 1, 2, 3>(), mma_kernel<16, 1, 4, 5>(), mma_kernel<32, 1, 2, 3>(), mma_kernel<32, 1, 4, 3>(),
+    mma_kernel<64, 1, 4, 3>(), mma_kernel<64, 2, 4, 3>(), mma_kernel<128, 1, 8, 3>(),
+};
+
+template <class F> cudaError_t allow_shared(F *kernel, int bytes) {
     const cudaError_t err =
-        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxShared);
+        cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     if (err != cudaSuccess) return err;
     // The same split of L1 for all kernels: a multiprocessor would have to drain to change it.
     return cudaFuncSetAttribute((const void *)kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
@@ -1896,13 +2293,19 @@ template <class F> cudaError_t allow_shared(F *kernel) {
 }
 
 // Once per device, which becomes the current one.
-cudaError_t linear4_init(int device) {
+cudaError_t linear4_init(int device, int max_shared, bool hopper) {
     cudaError_t err = cudaSetDevice(device);
-    for (const SmallKernel &k : kSmallKernels)
-        if (err == cudaSuccess) err = allow_shared(k.kernel);
-    for (const WgmmaKernel &k : kWgmmaKernels)
-        if (err == cudaSuccess) err = allow_shared(k.kernel);
-    if (err == cudaSuccess) err = allow_shared(linear16_small);
+    auto allow = [&](auto *kernel) {
+        if (err == cudaSuccess) err = allow_shared(kernel, max_shared);
+    };
+    for (const SmallKernel &k : kSmallKernels) allow(k.kernel);
+    if (hopper) {
+        for (const WgmmaKernel &k : kWgmmaKernels) allow(k.kernel);
+        allow(linear16_small);
+    } else {
+        for (const MmaKernel &k : kMmaKernels) allow(k.kernel);
+        allow(linear16_mma);
+    }
     return err;
 }
 
@@ -1951,10 +2354,12 @@ struct SmallGrid {
     int bands, blocks, shared;
 };
 
-// One block per multiprocessor, more where a block would have more than 1024 rows of W: its sums must fit.
+// One block per multiprocessor, more where a block would have more than 1024 rows of W or sums than fit.
 SmallGrid grid_on(const Linear4 &a, const SmallKernel &k) {
     const int bands = total_blocks(a) * (kBlockUnits / k.units);
-    const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, 1024 / (k.units * kUnitRows)));
+    const int rest = k.shared_bytes(a.M, a.K, 0), band = k.shared_bytes(a.M, a.K, 1) - rest;
+    const int fit = band ? (a.max_shared - rest) / band : bands, most = std::min(1024 / (k.units * kUnitRows), fit);
+    const int blocks = std::max(std::min(a.n_sm, bands), ceil_div(bands, std::max(most, 1)));
     return {bands, blocks, k.shared_bytes(a.M, a.K, ceil_div(bands, blocks))};
 }
 
@@ -1975,15 +2380,20 @@ cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &
     return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, x_map, n_blocks);
 }
 
+cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
+    const int n_blocks = total_blocks(a), tiles = ceil_div(n_blocks * kBlockUnits, k.all_units) * ceil_div(a.M, k.n);
+    return launch(stream, k.kernel, tiles, k.threads, k.shared, 1, pdl, a, n_blocks);
+}
+
 // The choice of a kernel: the least estimated time of the busiest multiprocessor, in cycles. Only the proportions of
-// the constants matter; they were fitted to measurements.
+// the constants matter; they were fitted to measurements of an H200.
 const SmallKernel *plan_small(const Linear4 &a) {
     const int cols = a.M == 1 && a.K <= kNormMax ? 1 : a.M <= 8 ? 8 : 16;
     const SmallKernel *best = nullptr;
     int best_cycles = 0;
     for (const SmallKernel &k : kSmallKernels) {
         const SmallGrid g = grid_on(a, k);
-        if (k.cols != cols || g.shared > kMaxShared) continue;
+        if (k.cols != cols || g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
         const int bands = ceil_div(g.bands, a.n_sm), chunks = ceil_div(a.K / kGroup, k.groups);
         const int cycles = cols == 1 ? ceil_div(bands * chunks, 16) * (800 + 400 * k.groups)
                                      : bands * (ceil_div(chunks, 16) * (300 + 480 * k.units * k.groups) + 3000);
@@ -2010,6 +2420,27 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     return best;
 }
 
+// All but one fit every device. The constants follow from what an A100's multiprocessor does in a cycle; they were not
+// fitted to measurements.
+const MmaKernel *plan_mma(const Linear4 &a) {
+    const MmaKernel *best = nullptr;
+    long best_cycles = 0;
+    for (const MmaKernel &k : kMmaKernels) {
+        if (k.shared > a.max_shared) continue;
+        const int steps = ceil_div(a.K / kGroup, k.split);
+        const int tiles = ceil_div(total_blocks(a) * kBlockUnits, k.all_units) * ceil_div(a.M, k.n);
+        const int per_sm = 2 * (k.shared + 1024) <= a.max_shared + 1024 ? k.per_sm : 1; // each takes 1 KiB more
+        const long step = 200 + 100 * k.units + 8 * k.n * k.units; // barriers, decoding, the tensor cores
+        const long cycles =
+            ceil_div(tiles, a.n_sm) * steps * step + ceil_div(tiles, a.n_sm * per_sm) * (30 * k.n + 3000);
+        if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
+    }
+    return best;
+}
+
+// Whether linear4 takes x as f32.
+bool linear4_takes_f32(const Linear4 &a) { return a.M <= 16 && plan_small(a); }
+
 cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
         return cudaErrorInvalidValue;
@@ -2017,17 +2448,24 @@ cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     const SmallKernel *small = a.M <= 8 || a.x_f32 ? plan_small(a) : nullptr;
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
+    if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
     int cluster = 1;
     const WgmmaKernel *k = plan_wgmma(a, &cluster);
     return run_wgmma(stream, a, *k, cluster, pdl);
 }
 
-// K % 8 == 0, and x fits beside a ring of at least four stages.
-bool linear16_fits(int M, int K) { return M >= 1 && M <= 8 && K % 8 == 0 && Small16::stages(M, K) >= 4; }
+// K % 8 == 0, and x fits; on Hopper beside a ring of at least four stages.
+bool linear16_fits(int M, int K, int max_shared, bool hopper) {
+    if (M < 1 || M > 8 || K % 8) return false;
+    return hopper ? Small16::stages(M, K) >= 4 : Mma16::shared_bytes(M, K) <= max_shared;
+}
 
 cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
-    if (!linear16_fits(a.M, a.K) || (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)))
+    if (!linear16_fits(a.M, a.K, a.max_shared, a.hopper) || (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)))
         return cudaErrorInvalidValue;
+    if (!a.hopper)
+        return launch(stream, linear16_mma, std::min(a.n_sm, ceil_div(a.N, kUnitRows)), Mma16::kThreads,
+                      Mma16::shared_bytes(a.M, a.K), 1, pdl, a);
     CUtensorMap w_map;
     const cudaError_t err = make_map(&w_map, a.w, a.N, a.K, a.K, Small16::kRows);
     if (err != cudaSuccess) return err;
@@ -2040,7 +2478,7 @@ cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
 } // namespace tile4
 
 /* ==== [TILE8] ====================================================================================================
- * LLM.int8() and attention. */
+ * LLM.int8() and attention: for Hopper, and in plainer forms for every GPU since sm_80 (names with _mma and _split). */
 
 namespace tile8 {
 
@@ -2050,8 +2488,16 @@ namespace tile8 {
 __device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 /* Programmatic dependent launch: both do nothing in a launch without the attribute. */
-__device__ inline void grid_launch_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ inline void grid_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ inline void grid_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void grid_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 __device__ inline void barrier_init(uint64_t *bar, int arrivals) {
     asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
@@ -2103,11 +2549,12 @@ template <class T> __device__ inline T *cluster_peer(T *p, int rank) {
     return (T *)q;
 }
 
-int multiprocessors() { /* of the current device */
+int device_attribute(cudaDeviceAttr which) { /* of the current device */
     int device = 0, n = 0;
-    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device)) return 1;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&n, which, device)) return 1;
     return n;
 }
+int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 template <class P>
 cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, int cluster, bool pdl,
@@ -2204,6 +2651,37 @@ __device__ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
+/* 16 bytes to shared memory, in the background; bytes = 0: zeros, and nothing is read. A thread waits until at most N
+ * of its newest groups of copies are under way; others see them behind a barrier. */
+__device__ inline void copy_async(void *to, const void *from, int bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
+                 : "memory");
+}
+__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+/* Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets from each the
+ * l % 4-th 4 bytes of row l / 4. For f16 also transposed: lane l gets column l / 4 of rows 2 (l % 4) and the next. */
+__device__ inline void load_matrices(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+__device__ inline void load_matrices_trans(uint32_t (&r)[4], const void *row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(row))
+                 : "memory");
+}
+/* d [16, 8] += a [16, 16] f16 * b [8, 16]^T f16, one warp. */
+__device__ inline void mma_f16(float (&d)[4], const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 /* Warpgroup products. An operand in shared memory is named by a descriptor: here always 128-byte swizzled atoms of 8
  * rows of 128 bytes, 1024 bytes apart; `atoms` is the distance of neighbours along the contiguous dimension, which
  * matters where that is not K. */
@@ -2286,11 +2764,13 @@ BNB__WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53)
 BNB__WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69)
 BNB__WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133)
 
-/* LLM.int8() on Hopper: y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
+/* LLM.int8(): y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
  *
  *   M <= 16   linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
  *             16 rows. One row of x is quantized by each block itself; more rows by linear8_quantize before.
- *   M > 16    linear8_quantize, linear8_columns (only with a threshold), linear8_gemm: wgmma m64nNk32.
+ *             linear8_skinny_mma: the same, with rings filled by cp.async in place of Hopper's copy engine.
+ *   M > 16    linear8_quantize, linear8_columns (only with a threshold), then on Hopper linear8_gemm: wgmma m64nNk32,
+ *             elsewhere linear8_gemm_mma: mma m16n8k32.
  *
  * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
  * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
@@ -2451,7 +2931,7 @@ struct Quantize8 {
 
 __global__ void __launch_bounds__(256)
     linear8_quantize(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__HOPPER /* a block for each row */
+#ifdef BNB__MMA /* a block for each row */
     constexpr int ahead = 4, step = 256 * 8;
     __shared__ float maxima[8];
     const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp;
@@ -2498,7 +2978,7 @@ __global__ void __launch_bounds__(256)
  * rule 0 the columns' codes 0. */
 enum { columns8_rows = 256 };
 __global__ void __launch_bounds__(256) linear8_columns(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__HOPPER
+#ifdef BNB__MMA
     __shared__ int before[8], last;
     const int tid = threadIdx.x, lane = tid % 32, w = blockIdx.x * 8 + tid / 32, n_words = p.s.Kp / 32, M = p.l.M;
     grid_launch_dependents();
@@ -2569,6 +3049,87 @@ template <int N> __device__ inline void activate8(int act, float (&v)[N]) { /* o
     }
 }
 
+/* A warp's 16 rows and 32 columns of y as products leave them: v[4 j + i] is in row g + i / 2 * 8, column
+ * 8 j + 2 t + i % 2, with g = lane / 4, t = lane % 4. */
+
+enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns taken at once; floats for one warp */
+
+/* Adds what x in 16 outlier columns is worth, in tf32, in two parts where f32 needs them; int8 weights are exact. Lane
+ * t has columns 4 t..4 t + 3 on both sides, in place of the instruction's own order: x [column][row g, g + 8]; w[j]:
+ * four weights of row 8 j + g. */
+__device__ __forceinline__ void outliers8(const Linear8 &l, const float (&x)[8], const uint32_t (&w)[4],
+                                          const float *scb, float (&v)[16]) {
+    uint32_t high[8], low[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        high[i] = __float_as_uint(x[i]) & 0xffffe000;
+        low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
+    }
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t b[4];
+        float more[4] = {};
+#pragma unroll
+        for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
+        mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
+        mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
+        if (l.x_f32) {
+            mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
+            mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++)
+            v[4 * j + i] = fmaf(more[i], scb[8 * j + threadIdx.x % 4 * 2 + i % 2] * weight8, v[4 * j + i]);
+    }
+}
+
+/* y[m0.., n0..] = v + residual. Through shared memory (staging: the warp's), so that lanes hold 4 neighbours and warps
+ * write whole lines. */
+__device__ __forceinline__ void store8(const Linear8 &l, int part, int m0, int n0, float *staging,
+                                       const float (&v)[16]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, N = l.part[part].N;
+    const long ldy = l.part[part].ldy;
+    void *const y = l.part[part].y;
+    const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
+    const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        *(float2 *)(staging + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) = make_float2(v[2 * i], v[2 * i + 1]);
+    __syncwarp();
+#pragma unroll 2
+    for (int i = 0; i < 4; i++) {
+        const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + c;
+        if (m >= l.M || n >= N) continue;
+        float4 f = *(const float4 *)(staging + r * 40 + c), e = {};
+        float *u = (float *)&f, *add = (float *)&e;
+        const float *from = l.residual + m * l.ldr + n;
+        if (l.residual && r_vec && n + 4 <= N) {
+            e = *(const float4 *)from;
+        } else if (l.residual) {
+#pragma unroll
+            for (int q = 0; q < 4; q++)
+                if (n + q < N) add[q] = from[q];
+        }
+#pragma unroll
+        for (int q = 0; q < 4; q++) u[q] += add[q];
+        float *to = (float *)y + m * ldy + n;
+        __half *to_half = (__half *)y + m * ldy + n;
+        if (y_vec && n + 4 <= N) {
+            const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
+            if (l.y_f32) *(float4 *)to = f;
+            else *(uint2 *)to_half = *(const uint2 *)h;
+        } else {
+#pragma unroll
+            for (int q = 0; q < 4; q++) {
+                if (n + q >= N) continue;
+                if (l.y_f32) to[q] = u[q];
+                else to_half[q] = __float2half_rn(u[q]);
+            }
+        }
+    }
+    __syncwarp();
+}
+
 /* ---- M <= 16 --------------------------------------------------------------------------------------------------------
  * A panel is 16 rows of W. The warps of a block take the panel's chunks in turn, each through a ring of its own, and
  * add their sums in shared memory. */
@@ -2593,9 +3154,16 @@ struct Skinny8 {
     int shared;
 };
 
-template <int NT> /* 8 NT >= M */
-__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
-#ifdef BNB__HOPPER
+/* The oldest of `stages` groups of copies has arrived. */
+__device__ inline void skinny8_wait(int stages) {
+    if (stages == 4) copy_wait<3>();
+    else if (stages == 3) copy_wait<2>();
+    else copy_wait<1>();
+    __syncwarp();
+}
+
+template <int NT, bool ENGINE> /* 8 NT >= M; ENGINE: Hopper's, or each lane copies */
+__device__ __forceinline__ void skinny8(const Skinny8 &p) {
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int buffers = NT == 1 ? 2 : 1; /* of sums: with two, one barrier for each panel is enough */
     const Linear8 &l = p.l;
@@ -2610,21 +3178,38 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
 
     int load_panel = warp < p.chunks ? blockIdx.x : n_panels, load_chunk = warp;
     const auto load = [&](int stage) {
-        if (load_panel >= n_panels) return;
-        if (lane == 0) {
+        if constexpr (ENGINE) {
+            if (load_panel >= n_panels) return;
+            if (lane == 0) {
+                const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
+                barrier_expect(bars + stage, skinny8_tile);
+                tensor_load(ring + stage * skinny8_tile, p.w + part, load_chunk * linear8_chunk,
+                            (load_panel - p.first[part]) * skinny8_rows, bars + stage);
+            }
+        } else {
+            if (load_panel >= n_panels) return copy_commit(); /* groups are counted, also empty ones */
             const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
-            barrier_expect(bars + stage, skinny8_tile);
-            tensor_load(ring + stage * skinny8_tile, p.w + part, load_chunk * linear8_chunk,
-                        (load_panel - p.first[part]) * skinny8_rows, bars + stage);
+            const int c = lane % 8, k = load_chunk * linear8_chunk + c * 16;
+            const int8_t *const w = (const int8_t *)l.part[part].w;
+#pragma unroll
+            for (int r = lane / 8; r < skinny8_rows; r += 4) { /* swizzled as the engine does */
+                const int n = (load_panel - p.first[part]) * skinny8_rows + r;
+                const bool inside = n < l.part[part].N && k < l.K;
+                copy_async(ring + stage * skinny8_tile + r * linear8_chunk + ((c ^ r) & 7) * 16,
+                           inside ? w + (size_t)n * l.K + k : w, inside ? 16 : 0);
+            }
+            copy_commit();
         }
         load_chunk += skinny8_warps;
         if (load_chunk >= p.chunks) load_chunk = warp, load_panel += gridDim.x;
     };
-    if (lane == 0) {
-        for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
-        barrier_init_done();
+    if constexpr (ENGINE) {
+        if (lane == 0) {
+            for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
+            barrier_init_done();
+        }
+        __syncwarp();
     }
-    __syncwarp();
     for (int i = 0; i < p.stages; i++) load(i); /* weights do not depend on the launch before */
     for (int i = tid; i < n_words; i += skinny8_threads) mask[i] = 0;
     __syncthreads();
@@ -2699,7 +3284,8 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
         float extra[4 * NT] = {}; /* row lane % 16 of the panel; x row half + 2 e */
         for (int c = warp; c < p.chunks; c += skinny8_warps) {
             const uint4 bits = *(const uint4 *)(mask + 4 * c);
-            barrier_wait(bars + stage, parity);
+            if constexpr (ENGINE) barrier_wait(bars + stage, parity);
+            else skinny8_wait(p.stages);
             const uint8_t *w = ring + stage * skinny8_tile;
 #pragma unroll
             for (int h = 0; h < 2; h++) {
@@ -2768,13 +3354,25 @@ __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __gri
         if (l.y_f32) ((float *)l.part[part].y)[at] = v[0];
         else ((__half *)l.part[part].y)[at] = __float2half_rn(v[0]);
     }
+}
+
+template <int NT>
+__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
+#ifdef BNB__HOPPER
+    skinny8<NT, true>(p);
+#endif
+}
+template <int NT>
+__global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny_mma(const __grid_constant__ Skinny8 p) {
+#ifdef BNB__MMA
+    skinny8<NT, false>(p);
 #endif
 }
 
-enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* of a multiprocessor; of one block */
+enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* Hopper's: of a multiprocessor; of one block */
 
-/* False: beside rings of `stages` there is no room for x in two blocks on a multiprocessor. */
-bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages) {
+/* False: beside rings of `stages` there is no room for x in `room` bytes of shared memory. */
+bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages, int room) {
     const int buffers = l.M > 8 ? 1 : 2;
     p->l = l, p->s = scratch8(l), p->chunks = p->s.Kp / linear8_chunk, p->stages = stages;
     p->quantize = l.M == 1 && l.K <= skinny8_threads * skinny8_own * 8;
@@ -2786,21 +3384,24 @@ bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages) {
     p->at_out = take(buffers * skinny8_warps * l.M * 16 * 4);
     p->at_small = take((16 + 8) * 4);
     p->at_bars = take(skinny8_warps * stages * 8);
-    /* Never so little that three blocks fit: with programmatic launches the next grid would fill the room unevenly. */
-    p->shared = (int)(at < shared_total / 3 ? shared_total / 3 : at);
-    return at <= shared_total / 2 - 1024; /* 1024: the system's part */
+    p->shared = (int)at;
+    return at <= room;
 }
 
-/* False: x is too large; the tiles of linear8_gemm read it in pieces. */
-bool skinny8_plan(Skinny8 *p, const Linear8 &l) {
-    return skinny8_layout(p, l, 4) || skinny8_layout(p, l, 3) || skinny8_layout(p, l, 2);
+/* `blocks` of them shall fit a multiprocessor with `total` bytes. False: x is too large; the tiles of linear8_gemm read
+ * it in pieces. */
+bool skinny8_plan(Skinny8 *p, const Linear8 &l, int blocks, int total) {
+    const int room = total / blocks - 1024; /* 1024: the system's part */
+    p->first[0] = 0;
+    for (int i = 0; i < 3; i++)
+        p->first[i + 1] = p->first[i] + (i < l.n_parts ? (l.part[i].N + skinny8_rows - 1) / skinny8_rows : 0);
+    return skinny8_layout(p, l, 4, room) || skinny8_layout(p, l, 3, room) || skinny8_layout(p, l, 2, room);
 }
 
 cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
     const Linear8 &l = p->l;
-    p->first[0] = 0;
-    for (int i = 0; i < 3; i++)
-        p->first[i + 1] = p->first[i] + (i < l.n_parts ? (l.part[i].N + skinny8_rows - 1) / skinny8_rows : 0);
+    /* Never so little that three blocks fit: with programmatic launches the next grid would fill the room unevenly. */
+    if (p->shared < shared_total / 3) p->shared = shared_total / 3;
     for (int i = 0; i < l.n_parts; i++) {
         const cudaError_t e = tensor_map(p->w + i, 1, l.part[i].w, l.K, l.part[i].N, l.K, skinny8_rows);
         if (e) return e;
@@ -2810,12 +3411,10 @@ cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
                   stream);
 }
 
-/* ---- M > 16 ---------------------------------------------------------------------------------------------------------
+/* ---- M > 16, Hopper -------------------------------------------------------------------------------------------------
  * A tile of y is WG * 64 x BN. One warp keeps a ring of chunks of x and W full; three warps fetch what the tile's
  * columns need (SCB, bias, the weights in the first outlier columns); WG warpgroups multiply, 64 rows each. Where there
  * are too few tiles for the chip, a cluster divides K and every block finishes a part of the columns. */
-
-enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns kept in shared memory; floats for one warp */
 
 template <int WG, int BN> struct Gemm8Shape {
     static constexpr int a_bytes = WG * 64 * linear8_chunk, b_bytes = BN * linear8_chunk,
@@ -2989,10 +3588,6 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
 
         barrier_wait(side_full, side_parity);
         float *const tile_out = staging + warp * gemm8_staging;
-        const long ldy = l.part[part].ldy;
-        void *const y = l.part[part].y;
-        const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
-        const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
         /* 32 columns at a time. The loop is not unrolled: its code would be larger than the instruction cache. */
 #pragma unroll 1
         for (int group = rank * mine; group < (rank + 1) * mine; group++) {
@@ -3009,12 +3604,10 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
                 const int n = 32 * group + 8 * (i / 4) + 2 * t + i % 2;
                 v[i] = scaled8(part_acc[i], sca[i / 2 % 2], scb[n], bias[n]);
             }
-            /* Outliers: x in tf32, in two parts where f32 needs them; int8 weights are exact. Lane t has columns
-             * 4 t..4 t + 3 of 16 on both sides, in place of the instruction's own order. */
 #pragma unroll 1
             for (int j0 = 0; j0 < count; j0 += gemm8_near) {
                 float x[8];
-                uint32_t w[4], high[8], low[8]; /* x: [column][row g, g + 8] */
+                uint32_t w[4];
                 if (j0 == 0) {
                     const float4 a = *(const float4 *)(near_x + (warp * 16 + g) * gemm8_near + 4 * t);
                     const float4 b = *(const float4 *)(near_x + (warp * 16 + g + 8) * gemm8_near + 4 * t);
@@ -3040,68 +3633,10 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
                                (uint32_t)(uint8_t)at[k[4]] << 16 | (uint32_t)(uint8_t)at[k[6]] << 24;
                     }
                 }
-#pragma unroll
-                for (int i = 0; i < 8; i++) {
-                    high[i] = __float_as_uint(x[i]) & 0xffffe000;
-                    low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
-                }
-#pragma unroll
-                for (int j = 0; j < 4; j++) {
-                    const int n = 32 * group + 8 * j;
-                    uint32_t b[4];
-                    float more[4] = {};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
-                    mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
-                    mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
-                    if (l.x_f32) {
-                        mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
-                        mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 4; i++)
-                        v[4 * j + i] = fmaf(more[i], scb[n + 2 * t + i % 2] * weight8, v[4 * j + i]);
-                }
+                outliers8(l, x, w, scb + 32 * group, v);
             }
             activate8(l.act, v);
-            /* Through shared memory, so that lanes hold 4 neighbours and warps write whole lines. */
-#pragma unroll
-            for (int i = 0; i < 8; i++)
-                *(float2 *)(tile_out + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) =
-                    make_float2(v[2 * i], v[2 * i + 1]);
-            __syncwarp();
-#pragma unroll 2
-            for (int i = 0; i < 4; i++) {
-                const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + 32 * group + c;
-                if (m >= l.M || n >= N) continue;
-                float4 f = *(const float4 *)(tile_out + r * 40 + c), e = {};
-                float *u = (float *)&f, *add = (float *)&e;
-                const float *from = l.residual + m * l.ldr + n;
-                if (l.residual && r_vec && n + 4 <= N) {
-                    e = *(const float4 *)from;
-                } else if (l.residual) {
-#pragma unroll
-                    for (int q = 0; q < 4; q++)
-                        if (n + q < N) add[q] = from[q];
-                }
-#pragma unroll
-                for (int q = 0; q < 4; q++) u[q] += add[q];
-                float *to = (float *)y + m * ldy + n;
-                __half *to_half = (__half *)y + m * ldy + n;
-                if (y_vec && n + 4 <= N) {
-                    const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
-                    if (l.y_f32) *(float4 *)to = f;
-                    else *(uint2 *)to_half = *(const uint2 *)h;
-                } else {
-#pragma unroll
-                    for (int q = 0; q < 4; q++) {
-                        if (n + q >= N) continue;
-                        if (l.y_f32) to[q] = u[q];
-                        else to_half[q] = __float2half_rn(u[q]);
-                    }
-                }
-            }
-            __syncwarp();
+            store8(l, part, m0, n0 + 32 * group, tile_out, v);
         }
         if (lane == 0) barrier_arrive(side_empty);
     }
@@ -3126,6 +3661,155 @@ cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int clust
                   stream);
 }
 
+/* ---- M > 16, mma.sync -----------------------------------------------------------------------------------------------
+ * A block has one tile of y, BM x BN, and 8 warps, each with 32 columns and 64, 32 or 16 rows of it. Chunks of x and W
+ * go through a ring of stages, swizzled as the copy engine would. Where the tiles are too few for the chip, they are
+ * smaller: K is never divided. */
+
+enum { gemm8_mma_threads = 256, gemm8_mma_stages = 3 };
+
+template <int BM, int BN> struct Gemm8MmaShape {
+    static constexpr int stage_bytes = (BM + BN) * linear8_chunk, ring_bytes = gemm8_mma_stages * stage_bytes;
+    static constexpr int warps_n = BN / 32, warps_m = 8 / warps_n, warp_rows = BM / warps_m;
+    static constexpr int shared = ring_bytes + BN * 8;
+    /* behind the product the ring's place holds x and W in outlier columns and the warps' staging */
+    static_assert(BM * gemm8_near * 4 + BN * gemm8_near + 8 * gemm8_staging * 4 <= ring_bytes, "no room");
+};
+
+struct Gemm8Mma {
+    Linear8 l;
+    Scratch8 s;
+    int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
+    int m_tiles, chunks;
+    int outliers; /* 1: list and count are valid */
+};
+
+template <int BM, int BN>
+__global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __grid_constant__ Gemm8Mma p) {
+#ifdef BNB__MMA
+    using S = Gemm8MmaShape<BM, BN>;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    constexpr int MT = S::warp_rows / 16;
+    float *const scb = (float *)(shared + S::ring_bytes), *const bias = scb + BN; /* [BN] */
+    const Linear8 &l = p.l;
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const int column = blockIdx.x / p.m_tiles, part = (column >= p.first[1]) + (column >= p.first[2]);
+    const int m0 = blockIdx.x % p.m_tiles * BM, n0 = (column - p.first[part]) * BN, N = l.part[part].N;
+    const int warp_m = warp / S::warps_n * S::warp_rows, warp_n = warp % S::warps_n * 32;
+    const int8_t *const w = (const int8_t *)l.part[part].w;
+
+    const auto load = [&](int c) { /* chunk c to its stage; groups are counted, also empty ones */
+        if (c < p.chunks) {
+            uint8_t *const to = shared + c % gemm8_mma_stages * S::stage_bytes; /* x [BM, 128], W [BN, 128] */
+            const int k = c * linear8_chunk + tid % 8 * 16;
+#pragma unroll
+            for (int i = 0; i < (BM + BN) / 32; i++) {
+                const int r = tid / 8 + 32 * i, m = m0 + r, n = n0 + r - BM;
+                const bool of_x = i < BM / 32, inside = of_x ? m < l.M : n < N && k < l.K;
+                const int8_t *const from = of_x ? p.s.codes + (size_t)m * p.s.Kp + k : w + (size_t)n * l.K + k;
+                copy_async(to + r * linear8_chunk + ((tid ^ r) & 7) * 16, inside ? from : w, inside ? 16 : 0);
+            }
+        }
+        copy_commit();
+    };
+    grid_launch_dependents();
+    grid_wait();
+    for (int i = tid; i < BN; i += gemm8_mma_threads) {
+        const int n = min(n0 + i, N - 1);
+        scb[i] = l.part[part].scb[n];
+        bias[i] = l.part[part].bias ? l.part[part].bias[n] : 0;
+    }
+    int acc[MT][4][4] = {}; /* [16 rows][8 columns][as in outliers8] */
+    load(0);
+    load(1);
+    for (int c = 0; c < p.chunks; c++) {
+        copy_wait<1>();
+        __syncthreads(); /* chunk c has arrived, for all, and chunk c - 1 is done with */
+        load(c + 2);
+        const uint8_t *const stage = shared + c % gemm8_mma_stages * S::stage_bytes;
+        const uint8_t *const x_at = stage + (warp_m + lane % 16) * linear8_chunk;
+        const uint8_t *const w_at = stage + BM * linear8_chunk + (warp_n + lane / 16 * 8 + lane % 8) * linear8_chunk;
+#pragma unroll
+        for (int s = 0; s < linear8_chunk / 32; s++) {
+            uint32_t a[MT][4], b[2][4];
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+                load_matrices(a[i], x_at + i * 16 * linear8_chunk + (((2 * s + lane / 16) ^ lane) & 7) * 16);
+#pragma unroll
+            for (int j = 0; j < 2; j++)
+                load_matrices(b[j], w_at + j * 16 * linear8_chunk + (((2 * s + lane / 8 % 2) ^ lane) & 7) * 16);
+#pragma unroll
+            for (int i = 0; i < MT; i++)
+#pragma unroll
+                for (int j = 0; j < 4; j++)
+                    mma_s8(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        }
+    }
+    copy_wait<0>();
+
+    float v[MT][16];
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const int m = m0 + warp_m + 16 * i + g + 8 * h;
+            const float sca = m < l.M ? p.s.sca[m] : 0;
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int n = warp_n + j / 2 * 8 + 2 * t + j % 2;
+                v[i][j / 2 * 4 + h * 2 + j % 2] = scaled8(acc[i][j / 2][h * 2 + j % 2], sca, scb[n], bias[n]);
+            }
+        }
+    float *const near_x = (float *)shared;                         /* [BM, near] x in outlier columns */
+    uint8_t *const near_w = (uint8_t *)(near_x + BM * gemm8_near); /* [BN, near] W in outlier columns */
+    float *const staging = (float *)(near_w + BN * gemm8_near) + warp * gemm8_staging;
+    const int count = p.outliers ? p.s.count[0] : 0;
+#pragma unroll 1
+    for (int j0 = 0; j0 < count; j0 += gemm8_near) {
+        __syncthreads(); /* what lies in this place has been read */
+        const int k[1] = {p.s.list[min(j0 + tid % gemm8_near, count - 1)]};
+#pragma unroll 4
+        for (int r = tid / gemm8_near; r < BM; r += gemm8_mma_threads / gemm8_near) {
+            const int m[1] = {min(m0 + r, l.M - 1)};
+            float x[1];
+            x_outliers8(l, m, k, x);
+            near_x[r * gemm8_near + tid % gemm8_near] = j0 + tid % gemm8_near < count ? x[0] : 0;
+        }
+#pragma unroll 4
+        for (int r = tid / gemm8_near; r < BN; r += gemm8_mma_threads / gemm8_near)
+            near_w[r * gemm8_near + tid % gemm8_near] = (uint8_t)w[(size_t)min(n0 + r, N - 1) * l.K + k[0]];
+        __syncthreads();
+        uint32_t b[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) b[j] = ((const uint32_t *)near_w)[(warp_n + 8 * j + g) * 4 + t];
+#pragma unroll
+        for (int i = 0; i < MT; i++) {
+            const float *const at = near_x + (warp_m + 16 * i + g) * gemm8_near + 4 * t;
+            const float4 low = *(const float4 *)at, high = *(const float4 *)(at + 8 * gemm8_near);
+            const float x[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
+            outliers8(l, x, b, scb + warp_n, v[i]);
+        }
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < MT; i++) {
+        activate8(l.act, v[i]);
+        store8(l, part, m0 + warp_m + 16 * i, n0 + warp_n, staging, v[i]);
+    }
+#endif
+}
+
+template <int BM, int BN> cudaError_t linear8_gemm_mma_launch(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    Gemm8Mma p;
+    p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk;
+    p.m_tiles = (l.M + BM - 1) / BM;
+    p.outliers = l.threshold > 0;
+    p.first[0] = 0;
+    for (int i = 0; i < 3; i++) p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + BN - 1) / BN : 0);
+    return launch(linear8_gemm_mma<BM, BN>, p, dim3(p.m_tiles * p.first[3]), gemm8_mma_threads,
+                  Gemm8MmaShape<BM, BN>::shared, 1, pdl, stream);
+}
+
 int tiles8(const Linear8 &l, int bm, int bn) {
     int n = 0;
     for (int i = 0; i < l.n_parts; i++) n += (l.part[i].N + bn - 1) / bn;
@@ -3146,17 +3830,20 @@ cudaError_t linear8_init(int device) { /* the current one */
     return e;
 }
 
-cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
+/* What the large products ask for: x in int8 and its outlier columns. */
+cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool pdl) {
     const Quantize8 q = {l, scratch8(l)};
-    cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
-    if (!e && l.threshold > 0)
-        e = launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0,
-                   1, pdl, stream);
-    if (e) return e;
+    const cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
+    if (e || !(l.threshold > 0)) return e;
+    return launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0, 1,
+                  pdl, stream);
+}
 
+cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
     const int slots = multiprocessors(), bm = l.M <= 64 ? 64 : 128, narrow = tiles8(l, bm, 128);
     int cluster = 1;
-    while (cluster < 4 && narrow * cluster * 2 <= slots && q.s.Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
+    while (cluster < 4 && narrow * cluster * 2 <= slots && scratch8(l).Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
     if (bm == 64) return linear8_gemm_launch<1, 128>(stream, l, cluster, pdl);
     /* A wide tile costs about 1.8 narrow ones. */
     const int wide_waves = (tiles8(l, bm, 256) + slots - 1) / slots, narrow_waves = (narrow + slots - 1) / slots;
@@ -3166,7 +3853,7 @@ cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
 
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
     Skinny8 p;
-    if (l.M > 16 || !skinny8_plan(&p, l)) return linear8_large(stream, l, pdl);
+    if (l.M > 16 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
     if (!p.quantize) {
         const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
         if (e) return e;
@@ -3174,15 +3861,51 @@ cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
     return linear8_skinny_launch(stream, &p, pdl);
 }
 
-/* Attention over an f16 or int8 cache on Hopper: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
+/* The same for every GPU since sm_80. */
+cudaError_t linear8_mma_init() { /* for the current device */
+    const int limit = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    cudaError_t e = cudaSuccess;
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(linear8_skinny_mma<1>, limit), allow(linear8_skinny_mma<2>, limit);
+    allow(linear8_gemm_mma<128, 128>, Gemm8MmaShape<128, 128>::shared);
+    allow(linear8_gemm_mma<64, 128>, Gemm8MmaShape<64, 128>::shared);
+    allow(linear8_gemm_mma<64, 64>, Gemm8MmaShape<64, 64>::shared);
+    return e;
+}
+
+cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    const int slots = multiprocessors(), total = device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+    Skinny8 p;
+    for (int blocks = 2; l.M <= 16 && blocks > 0; blocks--) {
+        if (!skinny8_plan(&p, l, blocks, total)) continue;
+        if (!p.quantize) {
+            const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
+            if (e) return e;
+        }
+        return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p,
+                      dim3(std::min(p.first[3], blocks * slots)), skinny8_threads, p.shared, 1, pdl, stream);
+    }
+    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
+    /* The largest tiles of which there are enough. */
+    if (l.M > 64 && tiles8(l, 128, 128) >= slots) return linear8_gemm_mma_launch<128, 128>(stream, l, pdl);
+    if (tiles8(l, 64, 128) >= slots) return linear8_gemm_mma_launch<64, 128>(stream, l, pdl);
+    return linear8_gemm_mma_launch<64, 64>(stream, l, pdl);
+}
+
+/* Attention over an f16 or int8 cache: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
  * row t's span. Spans are data: no launch depends on them, and blocks that have nothing to do leave.
  *
  *   T <= 16   attention_decode: a cluster of blocks for each row and head divides the row's span; no block waits for
  *             another launch or for memory that an earlier one left behind.
+ *             attention_decode_split, attention_join: without clusters a second launch joins the blocks' results.
+ *             Blocks that count who is last would save it, but need a counter that outlives the launch.
  *   T > 16    attention_prompt: 128 rows of one head; products by wgmma, K and V by the tensor copy engine. It reads
  *             whole tiles of 128 cache rows: those between the first and the last row that its 128 rows see must
- *             hold finite numbers, also where no span covers them. It multiplies f16: of an int8 cache the rows that are
- *             seen are widened first.
+ *             hold finite numbers, also where no span covers them.
+ *             attention_prompt_mma: the same by mma.sync and cp.async.
+ *             Both multiply f16: attention_widen makes it of the rows of an int8 cache that are seen.
  *
  * Sums have a fixed order: the same bits in every run. */
 
@@ -3191,9 +3914,10 @@ struct Attention {
     const void *q;               /* [T, n_head * D], rows ldq elements apart */
     long ldq;
     int q_f32;         /* else f16 */
-    void *k, *v;       /* f16, or i8 codes, [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
+    void *k, *v;       /* f16, or int8 codes, [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
     long ldkv;
-    float *k_absmax, *v_absmax; /* of codes: [n_head_kv, R], value = code * absmax / 127; null: f16 */
+    int kv_int8;                /* codes */
+    float *k_absmax, *v_absmax; /* of codes: [n_head_kv, R], value = code * absmax / 127 */
     void *k_wide, *v_wide;      /* of codes, T > decode_most: scratch, f16 [R, n_head_kv * D], 16-byte aligned */
     int kv_f32; /* 1 does not fit */
     int R;
@@ -3204,7 +3928,8 @@ struct Attention {
     float scale;
     void *y; /* [T, n_head * D], rows ldy elements apart */
     long ldy;
-    int y_f32;     /* else f16 */
+    int y_f32;      /* else f16 */
+    float *scratch; /* attention_mma: attention_scratch() bytes; no state between launches */
 };
 
 bool attention_fits(const Attention &a) {
@@ -3227,9 +3952,10 @@ __device__ inline void numbers8(const uint4 &packed, float (&v)[8]) {
     for (int i = 0; i < 4; i++) *(float2 *)(v + 2 * i) = __half22float2(h[i]);
 }
 __device__ inline void numbers8(const uint2 &codes, float (&v)[8]) {
-    const uint32_t word[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u}; /* code + 128, as the low byte of 2^23 + it */
+    const uint32_t word[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u}; /* code + 128: low bytes of 2^23 + it */
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = __uint_as_float(__byte_perm(word[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.0f;
+    for (int i = 0; i < 8; i++)
+        v[i] = __uint_as_float(__byte_perm(word[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.0f;
 }
 
 /* q[t, column..column + 7] */
@@ -3270,30 +3996,70 @@ __device__ inline void attention_store(const Attention &a, int t, int column, fl
     if (a.y_f32) ((float *)a.y)[t * a.ldy + column] = v;
     else ((__half *)a.y)[t * a.ldy + column] = __float2half_rn(v);
 }
+__device__ inline void attention_store2(const Attention &a, int t, int column, float v, float w) { /* an even column */
+    const long to = t * a.ldy + column;
+    if (a.ldy % 2 || (uintptr_t)a.y % 8) attention_store(a, t, column, v), attention_store(a, t, column + 1, w);
+    else if (a.y_f32) *(float2 *)((float *)a.y + to) = make_float2(v, w);
+    else *(__half2 *)((__half *)a.y + to) = __floats2half2_rn(v, w);
+}
+
+/* q of one head, rows [t0, t0 + ROWS), in f16, by `threads` threads of which this is the i-th. unit(r, c): where
+ * columns 8 c..8 c + 7 of row t0 + r go. */
+template <int DP, int ROWS, class F>
+__device__ __forceinline__ void attention_query(const Attention &a, int head, int t0, int i, int threads, F unit) {
+    constexpr int ahead = 4, units = ROWS * (DP / 8);
+    const int size = a.q_f32 ? 4 : 2;
+    const bool aligned = (((uintptr_t)a.q | (uintptr_t)(a.ldq * size) | (uintptr_t)(a.D * size)) & 15) == 0;
+    const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * size;
+    for (int u0 = i; u0 < units; u0 += ahead * threads) {
+        uint4 x[ahead];
+        int at[ahead];
+#pragma unroll
+        for (int j = 0; j < ahead; j++) { /* rows beyond T repeat the last: their results are not stored */
+            const int u = min(u0 + j * threads, units - 1);
+            at[j] = min(u / (DP / 8), a.T - 1 - t0) * (int)a.ldq + min(u % (DP / 8) * 8, a.D - 8);
+        }
+        load_half8(from, a.q_f32, aligned, at, x);
+#pragma unroll
+        for (int j = 0; j < ahead; j++) {
+            const int u = u0 + j * threads, r = u / (DP / 8), c = u % (DP / 8);
+            if (u < units) *unit(r, c) = c * 8 < a.D ? x[j] : make_uint4(0, 0, 0, 0);
+        }
+    }
+}
 
 /* ---- decode ---------------------------------------------------------------------------------------------------------
- * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D), f16 in a uint4 or codes in a uint2; G heads share it. Each
- * group of lanes takes cache rows of its own and keeps its own maximum, sum and weighted values; they are joined in the
- * end: lanes of a warp, warps of a block, blocks of the cluster. */
+ * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D), f16 in a uint4 or codes in a uint2; G heads share it.
+ * Each group of lanes takes cache rows of its own and keeps its own maximum, sum and weighted values; they are joined
+ * in the end: lanes of a warp, warps of a block, blocks of a cluster or of a row (attention_join). */
 
 enum { decode_most = 16, decode_warps = 8, decode_cluster = 8 }; /* most: rows of q */
 /* What a group of lanes loads at a time: of codes as many bytes as of f16, where there are registers for it. */
-template <int G, class Packed> constexpr int decode_rows = sizeof(Packed) == sizeof(uint2) && G < 4 ? 8 : 4;
+__host__ __device__ constexpr int decode_rows(int G, bool coded) { return coded && G < 4 ? 8 : 4; }
 
 constexpr float no_score = -1e30f; /* less than any score; its differences are finite */
 
-template <int LANES, int G, class Packed>
-__global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
-#ifdef BNB__HOPPER
+/* What block `rank` of n has in scratch: [T][n_head][n][D] weighted values, then [T][n_head][n] maximum and sum. */
+__device__ inline float *split_values(const Attention &a, int t, int head, int rank, int n) {
+    return a.scratch + (size_t)((t * a.n_head + head) * n + rank) * a.D;
+}
+__device__ inline float2 *split_sum(const Attention &a, int t, int head, int rank, int n) {
+    return (float2 *)(a.scratch + (size_t)a.T * a.n_head * n * a.D) + (t * a.n_head + head) * n + rank;
+}
+
+/* CLUSTER: a row's blocks are one; else attention_join has the last word. */
+template <int LANES, int G, bool CLUSTER, class Packed>
+__device__ __forceinline__ void decode(const Attention &a) {
     constexpr bool coded = sizeof(Packed) == sizeof(uint2);
-    constexpr int rows = decode_rows<G, Packed>, bytes = sizeof(Packed) / 8; /* of a number */
+    constexpr int rows = decode_rows(G, coded), bytes = sizeof(Packed) / 8; /* of a number */
     constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * rows;
     __shared__ float warp_acc[decode_warps][G][width], warp_top[decode_warps][G], warp_sum[decode_warps][G];
-    __shared__ float block_acc[decode_cluster][G][width], block_top[decode_cluster][G],
-        block_sum[decode_cluster][G]; /* rank 0's */
+    constexpr int peers = CLUSTER ? decode_cluster : 1;
+    __shared__ float block_acc[peers][G][width], block_top[peers][G], block_sum[peers][G]; /* rank 0's */
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / LANES, d = lane % LANES * 8;
     const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
-    if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
+    if constexpr (CLUSTER)
+        if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
     grid_wait();
     const int2 span = attention_span(a, t);
     const int first = span.x, end = span.y;
@@ -3321,7 +4087,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
     /* Short spans are the first blocks' alone. */
     const int used = min(n_ranks, (end - first + decode_warps * step - 1) / (decode_warps * step));
     if (rank >= max(used, 1) || used == 0) {
-        if (n_ranks > 1) cluster_wait(); /* who leaves between arrival and completion might be counted twice */
+        if constexpr (CLUSTER)
+            if (n_ranks > 1) cluster_wait(); /* who leaves between arrival and completion might be counted twice */
         if (rank > 0) return;
         for (int i = tid; i < G * a.D; i += decode_warps * 32) attention_store(a, t, head * a.D + i, 0);
         return;
@@ -3350,14 +4117,17 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
             const long at = r * a.ldkv * bytes;
             to.k[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)key_new : keys + at)) : Packed();
             to.v[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)value_new : values + at)) : Packed();
-            if (coded) to.k_scale[u] = r < end ? __ldg(k_absmax + r) : 0, to.v_scale[u] = r < end ? __ldg(v_absmax + r) : 0;
+            if (!coded) continue;
+            to.k_scale[u] = r < end ? __ldg(k_absmax + r) : 0;
+            to.v_scale[u] = r < end ? __ldg(v_absmax + r) : 0;
         }
     };
     int r0 = first + (rank * decode_warps + warp) * step;
     load(r0, now);
     for (; r0 < end; r0 += stride) {
         load(r0 + stride, next_load); /* in flight while these rows are worked on */
-        if (coded && row >= r0 && row < min(r0 + step, end) && (row - r0) % groups == group) { /* the new row is this group's */
+        /* the new row is this group's */
+        if (coded && row >= r0 && row < min(r0 + step, end) && (row - r0) % groups == group) {
             const uint32_t mask = ~0u >> (32 - LANES) << (group * LANES);
             float k_top, v_top;
             const uint2 k_codes = codes8<LANES>(k_half, mask, &k_top), v_codes = codes8<LANES>(v_half, mask, &v_top);
@@ -3423,7 +4193,8 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         if (lane == 0) warp_top[warp][h] = top[h], warp_sum[warp][h] = sum[h];
     }
     __syncthreads();
-    if (n_ranks > 1) cluster_wait();
+    if constexpr (CLUSTER)
+        if (n_ranks > 1) cluster_wait();
     for (int e = tid; e < G * width; e += decode_warps * 32) {
         const int h = e / width, i = e % width;
         float next = no_score, total = 0, out = 0;
@@ -3436,32 +4207,98 @@ __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __gr
         }
         if (used == 1) {
             if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
+        } else if constexpr (!CLUSTER) {
+            if (i < a.D) split_values(a, t, head + h, rank, n_ranks)[i] = out;
+            if (i == 0) *split_sum(a, t, head + h, rank, n_ranks) = make_float2(next, total);
         } else {
             *cluster_peer(&block_acc[rank][h][i], 0) = out;
             if (i == 0) *cluster_peer(&block_top[rank][h], 0) = next, *cluster_peer(&block_sum[rank][h], 0) = total;
         }
     }
-    if (used == 1) return;
-    cluster_sync();
-    if (rank > 0) return;
-    for (int e = tid; e < G * width; e += decode_warps * 32) {
-        const int h = e / width, i = e % width;
-        float next = no_score, total = 0, out = 0;
-        for (int r = 0; r < used; r++) next = fmaxf(next, block_top[r][h]);
-        for (int r = 0; r < used; r++) {
-            const float keep = exp2_fast(block_top[r][h] - next);
-            total += keep * block_sum[r][h], out += keep * block_acc[r][h][i];
+    if constexpr (CLUSTER) {
+        if (used == 1) return;
+        cluster_sync();
+        if (rank > 0) return;
+        for (int e = tid; e < G * width; e += decode_warps * 32) {
+            const int h = e / width, i = e % width;
+            float next = no_score, total = 0, out = 0;
+            for (int r = 0; r < used; r++) next = fmaxf(next, block_top[r][h]);
+            for (int r = 0; r < used; r++) {
+                const float keep = exp2_fast(block_top[r][h] - next);
+                total += keep * block_sum[r][h], out += keep * block_acc[r][h][i];
+            }
+            if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
         }
-        if (i < a.D) attention_store(a, t, (head + h) * a.D + i, out / total);
     }
+}
+
+template <int LANES, int G, class Packed>
+__global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
+#ifdef BNB__HOPPER
+    decode<LANES, G, true, Packed>(a);
 #endif
+}
+template <int LANES, int G, class Packed>
+__global__ void __launch_bounds__(decode_warps * 32) attention_decode_split(const __grid_constant__ Attention a) {
+#ifdef BNB__MMA
+    decode<LANES, G, false, Packed>(a);
+#endif
+}
+
+/* How a launch of attention_decode_split divides its work. */
+struct Split {
+    Attention a;
+    int lanes, G;
+    int rows; /* of the cache that a block takes at a time */
+    int n;    /* blocks for each row of q and G heads, at most */
+};
+
+enum { split_threads = 256, split_most = 32 };
+
+Split attention_split(const Attention &a, int n_sm) {
+    const int lanes = a.D <= 64 ? 8 : a.D <= 128 ? 16 : 32, shared_by = a.n_head / a.n_head_kv;
+    const int G = shared_by % 4 == 0 && lanes < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
+    const int rows = decode_warps * decode_rows(G, a.kv_int8) * (32 / lanes);
+    const int n = std::min({n_sm / (a.T * (a.n_head / G)), (a.R + rows - 1) / rows, (int)split_most});
+    return {a, lanes, G, rows, std::max(n, 1)};
+}
+
+/* Where more than one block has worked: y of one head and row. 256 threads, at least D. */
+__global__ void __launch_bounds__(split_threads) attention_join(const __grid_constant__ Split s) {
+#ifdef BNB__MMA
+    const Attention &a = s.a;
+    const int head = blockIdx.x, t = blockIdx.y, i = threadIdx.x;
+    grid_launch_dependents();
+    grid_wait();
+    const int2 span = attention_span(a, t);
+    const int used = min(s.n, (span.y - span.x + s.rows - 1) / s.rows);
+    if (used < 2 || i >= a.D) return;
+    float next = no_score, total = 0, out = 0;
+    for (int r = 0; r < used; r++) next = fmaxf(next, split_sum(a, t, head, r, s.n)->x);
+    for (int r = 0; r < used; r++) {
+        const float2 part = *split_sum(a, t, head, r, s.n);
+        const float keep = exp2_fast(part.x - next);
+        total += keep * part.y, out += keep * split_values(a, t, head, r, s.n)[i];
+    }
+    attention_store(a, t, head * a.D + i, out / total);
+#endif
+}
+
+template <int LANES, class Packed>
+cudaError_t attention_split_launch(cudaStream_t stream, const Split &s, bool pdl) {
+    const Attention &a = s.a;
+    void (*kernel)(Attention) = s.G == 4 ? attention_decode_split < LANES, LANES < 32 ? 4 : 2, Packed >
+        : s.G == 2                       ? attention_decode_split<LANES, 2, Packed>
+                                         : attention_decode_split<LANES, 1, Packed>;
+    const cudaError_t e = launch(kernel, a, dim3(s.n, a.n_head / s.G, a.T), decode_warps * 32, 0, 1, pdl, stream);
+    if (e || s.n == 1) return e;
+    return launch(attention_join, s, dim3(a.n_head, a.T), split_threads, 0, 1, pdl, stream);
 }
 
 template <int LANES, class Packed>
 cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, bool pdl) {
     const int shared_by = a.n_head / a.n_head_kv, G = shared_by % 4 == 0 && LANES < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
-    const int at_once = G == 4 ? decode_rows<4, Packed> : decode_rows<1, Packed>;
-    const int chunks = a.n_head / G, rows = decode_warps * at_once * (32 / LANES);
+    const int chunks = a.n_head / G, rows = decode_warps * decode_rows(G, a.kv_int8) * (32 / LANES);
     int cluster = 1; /* a block for each multiprocessor, at most one for each `rows` rows of cache */
     while (cluster < decode_cluster && a.T * chunks * cluster * 2 <= multiprocessors() && cluster * rows < a.R)
         cluster *= 2;
@@ -3471,7 +4308,7 @@ cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, boo
     return launch(kernel, a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
 }
 
-/* ---- prompt ---------------------------------------------------------------------------------------------------------
+/* ---- prompt, Hopper -------------------------------------------------------------------------------------------------
  * One block on each multiprocessor works through tiles of 128 rows of one head. Two warpgroups take 64 rows each; while
  * one turns the scores of a tile of the cache into weights, the tensor cores multiply: the scores of the next tile are
  * asked for before the values of this one. One warp keeps K and V coming, three bring the next q in f16. */
@@ -3498,6 +4335,7 @@ __device__ inline bool prompt_work(const Prompt &p, int i, int *head, int *t0) {
     return w < p.work;
 }
 
+#ifdef BNB__HOPPER /* sm_75 has no reductions */
 /* What any of a tile's 128 rows sees, by a whole warp. */
 __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     int lo = INT_MAX, hi = 0;
@@ -3508,6 +4346,7 @@ __device__ inline void prompt_span(const int2 *spans, int *first, int *end) {
     }
     *first = __reduce_min_sync(~0u, lo), *end = __reduce_max_sync(~0u, hi);
 }
+#endif
 
 template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(const __grid_constant__ Prompt p) {
 #ifdef BNB__HOPPER
@@ -3529,31 +4368,13 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
     grid_wait();
     int head, t0, first, end;
     /* Spans and q of the tile at t0, by `threads` threads of which this is the i-th. */
-    const bool aligned =
-        (((uintptr_t)a.q | (uintptr_t)(a.ldq * (a.q_f32 ? 4 : 2)) | (uintptr_t)(a.D * (a.q_f32 ? 4 : 2))) & 15) == 0;
     const auto load_query = [&](int buffer, int i, int threads) {
-        constexpr int ahead = 4, units = 128 * (DP / 8);
         uint8_t *const to = shared + buffer * S::q_bytes; /* [2][atoms][64, 64] f16 */
-        const char *const from = (const char *)a.q + (t0 * a.ldq + head * a.D) * (a.q_f32 ? 4 : 2);
         for (int r = i; r < 128; r += threads)
             spans[buffer * 128 + r] = t0 + r < a.T ? attention_span(a, t0 + r) : make_int2(0, 0);
-        for (int u0 = i; u0 < units; u0 += ahead * threads) {
-            uint4 x[ahead];
-            int at[ahead];
-#pragma unroll
-            for (int j = 0; j < ahead; j++) { /* rows beyond T repeat the last: their results are not stored */
-                const int u = min(u0 + j * threads, units - 1);
-                at[j] = min(u / (DP / 8), a.T - 1 - t0) * (int)a.ldq + min(u % (DP / 8) * 8, a.D - 8);
-            }
-            load_half8(from, a.q_f32, aligned, at, x);
-#pragma unroll
-            for (int j = 0; j < ahead; j++) {
-                const int u = u0 + j * threads, r = u / (DP / 8), c = u % (DP / 8);
-                if (u < units)
-                    *(uint4 *)(to + r / 64 * (S::q_bytes / 2) + c / 8 * (64 * 128) + r % 64 * 128 +
-                               ((c ^ r) & 7) * 16) = c * 8 < a.D ? x[j] : make_uint4(0, 0, 0, 0);
-            }
-        }
+        attention_query<DP, 128>(a, head, t0, i, threads, [&](int r, int c) {
+            return (uint4 *)(to + r / 64 * (S::q_bytes / 2) + c / 8 * (64 * 128) + r % 64 * 128 + ((c ^ r) & 7) * 16);
+        });
         fence_async();
     };
     prompt_work(p, 0, &head, &t0);
@@ -3740,15 +4561,8 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
             for (int j = 0; j < DP / 8; j++) {
                 const int c = 8 * j + 2 * t;
                 if (c >= a.D) continue;
-                const float x = out[4 * j + 2 * h] * inverse, z = out[4 * j + 2 * h + 1] * inverse;
-                const long to_y = row * a.ldy + head * a.D + c;
-                if (a.ldy % 2 || (uintptr_t)a.y % 8) {
-                    attention_store(a, row, head * a.D + c, x), attention_store(a, row, head * a.D + c + 1, z);
-                } else if (a.y_f32) {
-                    *(float2 *)((float *)a.y + to_y) = make_float2(x, z);
-                } else {
-                    *(__half2 *)((__half *)a.y + to_y) = __floats2half2_rn(x, z);
-                }
+                const float *const x = out + 4 * j + 2 * h;
+                attention_store2(a, row, head * a.D + c, x[0] * inverse, x[1] * inverse);
             }
         }
     }
@@ -3767,10 +4581,193 @@ template <int DP> cudaError_t attention_prompt_launch(cudaStream_t stream, const
                   stream);
 }
 
-/* An int8 cache as f16, in k_wide and v_wide: all rows between the first and the last that any row of q sees. */
+/* ---- prompt, mma.sync -----------------------------------------------------------------------------------------------
+ * The 4 warps of a block have 16 MT rows of one head each. Tiles of K and of V take turns in a ring of three: while one
+ * is multiplied the next is on its way, and the one after is asked for. Two blocks fit an A100's multiprocessor: one
+ * multiplies while the other takes exponentials. */
+
+template <int DP> struct PromptMmaShape { /* DP: D rounded up to what is compiled */
+    static constexpr int threads = 128, stages = 3;
+    static constexpr int MT = DP > 128 ? 1 : 2, rows = 4 * 16 * MT, tile = DP > 128 ? 32 : 64;
+    /* 8 rows that ldmatrix reads together lie in different banks: swizzled, or an odd number of units apart. */
+    static constexpr int pitch = DP % 64 ? DP * 2 + 16 : DP * 2, tile_bytes = tile * pitch;
+    static constexpr int shared = rows * pitch + stages * tile_bytes;
+    __device__ static int unit(int r, int c) { return r * pitch + (DP % 64 ? c : c ^ (r & 7)) * 16; }
+};
+
+template <int DP>
+__global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
+    attention_prompt_mma(const __grid_constant__ Attention a) {
+#ifdef BNB__MMA
+    using S = PromptMmaShape<DP>;
+    constexpr int MT = S::MT, tile = S::tile;
+    extern __shared__ __align__(1024) uint8_t shared[]; /* q [rows, DP] */
+    uint8_t *const ring = shared + S::rows * S::pitch;  /* [stages][tile, DP]: K, V, K, V, .. */
+    __shared__ int firsts[4], ends[4];                  /* of the warps' rows */
+    const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
+    const int tiles = gridDim.x / a.n_head, head = blockIdx.x % a.n_head;
+    const int t0 = (tiles - 1 - (int)blockIdx.x / a.n_head) * S::rows; /* later rows usually see more: they begin */
+    grid_launch_dependents();
+    grid_wait();
+    attention_query<DP, S::rows>(a, head, t0, tid, S::threads,
+                                 [&](int r, int c) { return (uint4 *)(shared + S::unit(r, c)); });
+    /* What any and what every row of this warp sees; the lane's own rows are g + 8 i. */
+    const auto span_of = [&](int i) {
+        const int row = t0 + warp * 16 * MT + g + 8 * i;
+        return row < a.T ? attention_span(a, row) : make_int2(0, 0);
+    };
+    int warp_first = INT_MAX, warp_end = 0, latest = 0, earliest = INT_MAX;
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) {
+        const int2 s = span_of(i);
+        if (s.x < s.y) warp_first = min(warp_first, s.x), warp_end = max(warp_end, s.y);
+        latest = max(latest, s.x), earliest = min(earliest, s.y);
+    }
+    warp_first = __reduce_min_sync(~0u, warp_first), warp_end = __reduce_max_sync(~0u, warp_end);
+    latest = __reduce_max_sync(~0u, latest), earliest = __reduce_min_sync(~0u, earliest);
+    if (lane == 0) firsts[warp] = warp_first, ends[warp] = warp_end;
+    __syncthreads();
+    const int first = min(min(firsts[0], firsts[1]), min(firsts[2], firsts[3]));
+    const int end = max(max(ends[0], ends[1]), max(ends[2], ends[3]));
+    const int n = first < end ? (end - first + tile - 1) / tile : 0;
+
+    const long column = (long)(head / (a.n_head / a.n_head_kv)) * a.D;
+    /* Tile j / 2 of K, or of V if j is odd. Rows beyond the end may hold NaN, and 0 * NaN is NaN: they become zeros,
+     * and so do columns beyond D. Groups are counted, also empty ones. */
+    const auto load = [&](int j) {
+        if (j < 2 * n) {
+            const __half *const cache = (const __half *)(j % 2 ? a.v : a.k) + column;
+            uint8_t *const stage = ring + j % S::stages * S::tile_bytes;
+            const int r0 = first + j / 2 * tile;
+#pragma unroll
+            for (int i = 0; i < tile * (DP / 8) / S::threads; i++) {
+                const int u = tid + i * S::threads, r = u / (DP / 8), c = u % (DP / 8);
+                const bool inside = r0 + r < end && c * 8 < a.D;
+                copy_async(stage + S::unit(r, c), inside ? cache + (r0 + r) * a.ldkv + c * 8 : cache, inside ? 16 : 0);
+            }
+        }
+        copy_commit();
+    };
+    static_assert(tile * (DP / 8) % S::threads == 0, "a tile is copied in whole rounds");
+
+    const float scale = a.scale * 1.44269504f; /* for exp2 */
+    const uint8_t *const query = shared + warp * 16 * MT * S::pitch;
+    float out[MT][DP / 8][4] = {}, top[2 * MT], sum[2 * MT] = {};
+#pragma unroll
+    for (int i = 0; i < 2 * MT; i++) top[i] = no_score;
+    load(0);
+    load(1);
+#pragma unroll 1
+    for (int i = 0; i < n; i++) {
+        const int r0 = first + i * tile;
+        const bool seen = r0 < warp_end && r0 + tile > warp_first; /* by a row of this warp */
+        uint32_t weight[MT][tile / 4]; /* f16 pairs: the left operand of the second product */
+        copy_wait<1>();
+        __syncthreads(); /* this K has arrived, for all, and the V before is done with */
+        load(2 * i + 2);
+        if (seen) {
+            const uint8_t *const k = ring + 2 * i % S::stages * S::tile_bytes;
+            float score[MT][tile / 8][4] = {};
+#pragma unroll
+            for (int s = 0; s < DP / 16; s++) {
+                uint32_t x[MT][4], b[4];
+#pragma unroll
+                for (int m = 0; m < MT; m++)
+                    load_matrices(x[m], query + S::unit(16 * m + lane % 16, 2 * s + lane / 16));
+#pragma unroll
+                for (int j = 0; j < tile / 16; j++) {
+                    load_matrices(b, k + S::unit(16 * j + lane / 16 * 8 + lane % 8, 2 * s + lane / 8 % 2));
+#pragma unroll
+                    for (int m = 0; m < MT; m++)
+                        mma_f16(score[m][2 * j], x[m], b[0], b[1]), mma_f16(score[m][2 * j + 1], x[m], b[2], b[3]);
+                }
+            }
+            if (r0 < latest || r0 + tile > earliest) {
+#pragma unroll
+                for (int h = 0; h < 2 * MT; h++) {
+                    const int2 s = span_of(h);
+#pragma unroll
+                    for (int j = 0; j < tile / 8; j++)
+#pragma unroll
+                        for (int e = 0; e < 2; e++) {
+                            const int r = r0 + 8 * j + 2 * t + e;
+                            if (r < s.x || r >= s.y) score[h / 2][j][h % 2 * 2 + e] = -INFINITY;
+                        }
+                }
+            }
+#pragma unroll
+            for (int h = 0; h < 2 * MT; h++) {
+                float(&x)[tile / 8][4] = score[h / 2];
+                const int e = h % 2 * 2;
+                float next = no_score, s = 0;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++) next = fmaxf(next, fmaxf(x[j][e], x[j][e + 1]));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 1));
+                next = fmaxf(next, __shfl_xor_sync(~0u, next, 2));
+                next = fmaxf(next * scale, top[h]);
+                const float keep = exp2_fast(top[h] - next); /* what older sums are worth now */
+                top[h] = next;
+#pragma unroll
+                for (int j = 0; j < tile / 8; j++) {
+                    const float v = exp2_fast(fmaf(x[j][e], scale, -next));
+                    const float w = exp2_fast(fmaf(x[j][e + 1], scale, -next));
+                    const __half2 pair = __floats2half2_rn(v, w);
+                    weight[h / 2][2 * j + h % 2] = *(const uint32_t *)&pair;
+                    s += v + w;
+                }
+                sum[h] = sum[h] * keep + s; /* of this lane's columns */
+#pragma unroll
+                for (int j = 0; j < DP / 8; j++) out[h / 2][j][e] *= keep, out[h / 2][j][e + 1] *= keep;
+            }
+        }
+        copy_wait<1>();
+        __syncthreads(); /* this V has arrived, and this K is done with */
+        load(2 * i + 3);
+        if (seen) {
+            const uint8_t *const v = ring + (2 * i + 1) % S::stages * S::tile_bytes;
+#pragma unroll
+            for (int s = 0; s < tile / 16; s++)
+#pragma unroll
+                for (int j = 0; j < DP / 16; j++) {
+                    uint32_t b[4];
+                    load_matrices_trans(b, v + S::unit(16 * s + lane % 16, 2 * j + lane / 16));
+#pragma unroll
+                    for (int m = 0; m < MT; m++) {
+                        mma_f16(out[m][2 * j], weight[m] + 4 * s, b[0], b[1]);
+                        mma_f16(out[m][2 * j + 1], weight[m] + 4 * s, b[2], b[3]);
+                    }
+                }
+        }
+    }
+    copy_wait<0>();
+#pragma unroll
+    for (int h = 0; h < 2 * MT; h++) {
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        const int row = t0 + warp * 16 * MT + g + 8 * h;
+        const float inverse = sum[h] > 0 ? 1 / sum[h] : 0;
+        if (row >= a.T) continue;
+#pragma unroll
+        for (int j = 0; j < DP / 8; j++) {
+            const float *const x = out[h / 2][j] + h % 2 * 2;
+            if (8 * j < a.D) attention_store2(a, row, head * a.D + 8 * j + 2 * t, x[0] * inverse, x[1] * inverse);
+        }
+    }
+#endif
+}
+
+template <int DP> cudaError_t attention_prompt_mma_launch(cudaStream_t stream, const Attention &a, bool pdl) {
+    using S = PromptMmaShape<DP>;
+    return launch(attention_prompt_mma<DP>, a, dim3(a.n_head * ((a.T + S::rows - 1) / S::rows)), S::threads, S::shared,
+                  1, pdl, stream);
+}
+
+/* ---- prompt, int8 caches --------------------------------------------------------------------------------------------
+ * As f16, in k_wide and v_wide: all rows between the first and the last that any row of q sees. */
+
 enum { widen_rows = 16 }; /* of a block */
 __global__ void __launch_bounds__(256) attention_widen(const __grid_constant__ Attention a) {
-#ifdef BNB__HOPPER
+#ifdef BNB__MMA
     __shared__ int2 seen[8];
     const int tid = threadIdx.x, units = a.n_head_kv * a.D / 8;
     grid_wait();
@@ -3801,6 +4798,14 @@ __global__ void __launch_bounds__(256) attention_widen(const __grid_constant__ A
 #endif
 }
 
+/* Asks for that, and makes *a a call with an f16 cache. */
+cudaError_t attention_widen_launch(cudaStream_t stream, Attention *a, bool pdl) {
+    const dim3 grid((a->R + widen_rows - 1) / widen_rows, 2);
+    const cudaError_t e = launch(attention_widen, *a, grid, 256, 0, 1, pdl, stream);
+    a->k = a->k_wide, a->v = a->v_wide, a->ldkv = (long)a->n_head_kv * a->D, a->kv_int8 = 0;
+    return e;
+}
+
 cudaError_t attention_init(int device) { /* the current one */
     int major = 0;
     cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -3814,28 +4819,62 @@ cudaError_t attention_init(int device) { /* the current one */
     return e;
 }
 
-cudaError_t attention(cudaStream_t stream, const Attention &a, bool pdl) {
+template <class Packed> cudaError_t attention_decode_any(cudaStream_t stream, const Attention &a, bool pdl) {
+    return a.D <= 64    ? attention_decode_launch<8, Packed>(stream, a, pdl)
+           : a.D <= 128 ? attention_decode_launch<16, Packed>(stream, a, pdl)
+                        : attention_decode_launch<32, Packed>(stream, a, pdl);
+}
+
+cudaError_t attention(cudaStream_t stream, Attention a, bool pdl) {
     if (!attention_fits(a)) return cudaErrorInvalidValue;
-    if (a.T <= decode_most && a.k_absmax)
-        return a.D <= 64    ? attention_decode_launch<8, uint2>(stream, a, pdl)
-               : a.D <= 128 ? attention_decode_launch<16, uint2>(stream, a, pdl)
-                            : attention_decode_launch<32, uint2>(stream, a, pdl);
     if (a.T <= decode_most)
-        return a.D <= 64    ? attention_decode_launch<8, uint4>(stream, a, pdl)
-               : a.D <= 128 ? attention_decode_launch<16, uint4>(stream, a, pdl)
-                            : attention_decode_launch<32, uint4>(stream, a, pdl);
-    if (a.k_absmax) {
-        const dim3 grid((a.R + widen_rows - 1) / widen_rows, 2);
-        const cudaError_t e = launch(attention_widen, a, grid, 256, 0, 1, pdl, stream);
-        Attention wide = a;
-        wide.k = a.k_wide, wide.v = a.v_wide, wide.ldkv = (long)a.n_head_kv * a.D, wide.k_absmax = wide.v_absmax = nullptr;
-        return e ? e : attention(stream, wide, pdl);
-    }
+        return a.kv_int8 ? attention_decode_any<uint2>(stream, a, pdl) : attention_decode_any<uint4>(stream, a, pdl);
+    if (a.kv_int8)
+        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
     return a.D <= 64    ? attention_prompt_launch<64>(stream, a, pdl)
            : a.D <= 80  ? attention_prompt_launch<80>(stream, a, pdl)
            : a.D <= 96  ? attention_prompt_launch<96>(stream, a, pdl)
            : a.D <= 128 ? attention_prompt_launch<128>(stream, a, pdl)
                         : attention_prompt_launch<256>(stream, a, pdl);
+}
+
+/* The same for every GPU since sm_80. */
+cudaError_t attention_mma_init() { /* for the current device */
+    cudaError_t e = cudaSuccess;
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(attention_prompt_mma<64>, PromptMmaShape<64>::shared);
+    allow(attention_prompt_mma<80>, PromptMmaShape<80>::shared);
+    allow(attention_prompt_mma<96>, PromptMmaShape<96>::shared);
+    allow(attention_prompt_mma<128>, PromptMmaShape<128>::shared);
+    allow(attention_prompt_mma<256>, PromptMmaShape<256>::shared);
+    return e;
+}
+
+size_t attention_scratch(const Attention &a, int n_sm) {
+    const int n = a.T <= decode_most ? attention_split(a, n_sm).n : 1;
+    return n > 1 ? (size_t)a.T * a.n_head * n * (a.D + 2) * sizeof(float) : 0;
+}
+
+template <class Packed> cudaError_t attention_split_any(cudaStream_t stream, const Attention &a, bool pdl) {
+    const Split s = attention_split(a, multiprocessors());
+    return s.lanes == 8    ? attention_split_launch<8, Packed>(stream, s, pdl)
+           : s.lanes == 16 ? attention_split_launch<16, Packed>(stream, s, pdl)
+                           : attention_split_launch<32, Packed>(stream, s, pdl);
+}
+
+cudaError_t attention_mma(cudaStream_t stream, Attention a, bool pdl) {
+    if (!attention_fits(a)) return cudaErrorInvalidValue;
+    if (a.T <= decode_most)
+        return a.kv_int8 ? attention_split_any<uint2>(stream, a, pdl) : attention_split_any<uint4>(stream, a, pdl);
+    if (a.kv_int8)
+        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
+    return a.D <= 64    ? attention_prompt_mma_launch<64>(stream, a, pdl)
+           : a.D <= 80  ? attention_prompt_mma_launch<80>(stream, a, pdl)
+           : a.D <= 96  ? attention_prompt_mma_launch<96>(stream, a, pdl)
+           : a.D <= 128 ? attention_prompt_mma_launch<128>(stream, a, pdl)
+                        : attention_prompt_mma_launch<256>(stream, a, pdl);
 }
 
 } // namespace tile8
@@ -4030,11 +5069,28 @@ void run_embed(Launch &l, const Step &s) {
                l.plan.device->fault, l.node());
 }
 
+bool aligned16(std::initializer_list<const void *> list) {
+    uintptr_t all = 0;
+    for (const void *p : list) all |= reinterpret_cast<uintptr_t>(p);
+    return all % 16 == 0;
+}
+
 void run_norm(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
-    const unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
-    l.q.launch(norm_kernel, dim3(static_cast<unsigned>(y->shape[0])), dim3(threads), l.rows(y->src[0]), l.numbers(y->src[1]), l.numbers(y->src[2]),
-               y->params.norm.eps, y->op == BNB_OP_LAYER_NORM, l.rows(y), static_cast<int>(y->shape[1]));
+    const Rows x = l.rows(y->src[0]), out = l.rows(y);
+    const Numbers w = l.numbers(y->src[1]), b = l.numbers(y->src[2]);
+    const int C = static_cast<int>(y->shape[1]), layer = y->op == BNB_OP_LAYER_NORM, pieces = (C + 4 * THREADS - 1) / (4 * THREADS);
+    const dim3 grid(static_cast<unsigned>(y->shape[0]));
+    const bool fast = !x.f16 && out.f16 && C % 4 == 0 && x.ld % 4 == 0 && out.ld % 4 == 0 && pieces <= 16 && (!w.data || w.type == BNB_F32) &&
+                      (!b.data || b.type == BNB_F32) && aligned16({x.data, out.data, w.data, b.data});
+    if (!fast) {
+        const unsigned threads = y->shape[0] < 32 ? 1024 : THREADS; // few rows: every thread counts
+        l.q.launch(norm_kernel, grid, dim3(threads), x, w, b, y->params.norm.eps, layer, out, C);
+        return;
+    }
+    auto kernel = pieces <= 1 ? norm_rows_kernel<1> : pieces <= 2 ? norm_rows_kernel<2> : pieces <= 4 ? norm_rows_kernel<4> : pieces <= 8 ? norm_rows_kernel<8> : norm_rows_kernel<16>;
+    l.q.launch(kernel, grid, dim3(THREADS), reinterpret_cast<const float4 *>(x.data), x.ld / 4, static_cast<const float4 *>(w.data), static_cast<const float4 *>(b.data),
+               y->params.norm.eps, layer, reinterpret_cast<uint2 *>(out.data), out.ld / 4, C);
 }
 
 void run_pointwise(Launch &l, const Step &s) {
@@ -4076,12 +5132,19 @@ void run_set_rows(Launch &l, const Step &s) {
     const int *rows = static_cast<const int *>(a->src[2]->plane[0]);
     const int R = static_cast<int>(a->shape[0]), C = static_cast<int>(a->shape[1]);
     const unsigned T = static_cast<unsigned>(a->src[1]->shape[0]);
+    const bool fast = C % 8 == 0 && x.f16 && cache.rows.f16 && (!b || (x2.f16 && cache2.rows.f16)) &&
+                      (x.ld | cache.rows.ld | x2.ld | cache2.rows.ld) % 8 == 0 &&
+                      aligned16({x.data, cache.rows.data, x2.data, cache2.rows.data});
+    int *const fault = l.plan.device->fault;
     if (const int B = int8_block(a))
-        l.q.launch(set_rows_int8_kernel, dim3(blocks(C / B, GROUPS), T), dim3(LANES, GROUPS), x, cache, x2, cache2, rows, R, C, B,
-                   l.plan.device->fault, l.node());
+        l.q.launch(set_rows_int8_kernel, dim3(blocks(C / B, GROUPS), T), dim3(LANES, GROUPS), x, cache, x2, cache2,
+                   rows, R, C, B, fault, l.node());
+    else if (fast)
+        l.q.launch(copy_rows_kernel, dim3(blocks(C / 8, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows,
+                   rows, R, C / 8, fault, l.node());
     else
-        l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows, rows, R, C,
-                   l.plan.device->fault, l.node());
+        l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows, rows, R,
+                   C, fault, l.node());
 }
 
 void run_linear(Launch &l, const Step &s) {
@@ -4154,9 +5217,9 @@ int tile_act(int op) {
 bool is_f32(const bnb_tensor *t) { return !t || t->layout == LAYOUT_NUMBERS || t->type == BNB_F32; }
 
 // What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch.
-bool fits_tile(const Compiled &plan, const Step &s, int layout) {
+bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    if (!plan.f16 || !plan.device->tiles || w->layout != layout || s.y->shape[0] < 1) return false;
+    if (!plan.f16 || !has || w->layout != layout || s.y->shape[0] < 1) return false;
     for (const bnb_tensor *node : s.nodes)
         if (!is_f32(node->src[2])) return false;
     if (!s.norm) return true;
@@ -4164,7 +5227,7 @@ bool fits_tile(const Compiled &plan, const Step &s, int layout) {
     return n->shape[0] == 1 && n->shape[1] <= tile4::kNormMax && is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] &&
            (n->op == BNB_OP_RMS_NORM || n->src[2]);
 }
-bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4); }
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma); }
 // ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
 
 // A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.
@@ -4190,12 +5253,13 @@ __global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K,
     }
 }
 
-// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows.
+// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows. Measured on an H200; for
+// linear4_mma it is an estimate.
 bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
     return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
-           (M >= 768 || (M >= 128 && size <= 1 << 25));
+           (plan.device->tiles ? M >= 768 || (M >= 128 && size <= 1 << 25) : M >= 256);
 }
 uint64_t dense_bytes(const Step &s) {
     uint64_t most = 0;
@@ -4215,23 +5279,31 @@ void run_tile4_dense(Launch &l, const Step &s) {
     });
 }
 
-bool fits_tile8(const Compiled &plan, const Step &s) {
+bool fits_int8_codes(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, has) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
 }
+bool fits_tile8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->tiles); }
+bool fits_mma8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->mma); }
 bool fits_tile16(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout) &&
-           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma) &&
+           tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]), plan.device->max_shared, plan.device->tiles);
 }
 
 const bnb_tensor *input_of(const Step &s) { return s.norm ? s.norm->src[0] : s.nodes[0]->src[0]; }
 uint64_t scratch_tile(const Compiled &, const Step &s) { return half_bytes(input_of(s)); }
 
-// Fills what the calls have in common; x: where it lies in a form that the kernel takes.
-template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
+// What the choice of a kernel in [TILE4] needs.
+void fill_shape(Launch &l, const Step &s, tile4::LinearCall *c) {
     c->M = static_cast<int>(s.y->shape[0]);
     c->K = static_cast<int>(s.nodes[0]->src[1]->shape[1]);
+    c->n_sm = l.plan.device->n_sm;
+    c->max_shared = l.plan.device->max_shared;
+    c->hopper = l.plan.device->tiles;
+}
+// Fills what the calls have in common; x: where it lies in a form that the kernel takes.
+template <class Call> void fill_tile(Launch &l, const Step &s, const Rows &x, Call *c) {
     c->x = x.data;
     c->ldx = x.ld;
     c->x_f32 = !x.f16;
@@ -4270,23 +5342,23 @@ Rows tile_input(Launch &l, const Step &s, bool wide) {
 
 void run_tile4(Launch &l, const Step &s) {
     tile4::Linear4 c = {};
-    fill_tile(l, s, tile_input(l, s, s.y->shape[0] <= 16), &c);
-    fill_norm(l, s, &c);
-    c.n_sm = l.plan.device->n_sm;
+    fill_shape(l, s, &c);
     std::memcpy(c.map, s.nodes[0]->src[1]->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map, sizeof c.map);
     for (const bnb_tensor *node : s.nodes) {
         tile4::Linear4Part &p = c.part[c.n_parts++];
         fill_part(l, s, node, &p);
         p.units = node->src[1]->plane[0];
     }
+    fill_tile(l, s, tile_input(l, s, tile4::linear4_takes_f32(c)), &c);
+    fill_norm(l, s, &c);
     l.q.note(tile4::linear4(l.q.stream, c, l.q.overlap));
 }
 
 void run_tile16(Launch &l, const Step &s) {
     tile4::Linear16 c = {};
+    fill_shape(l, s, &c);
     fill_tile(l, s, tile_input(l, s, true), &c);
     fill_norm(l, s, &c);
-    c.n_sm = l.plan.device->n_sm;
     for (const bnb_tensor *node : s.nodes) {
         fill_part(l, s, node, &c);
         c.w = node->src[1]->plane[0];
@@ -4305,7 +5377,7 @@ tile8::Linear8 call_tile8(const Step &s) {
     return c;
 }
 uint64_t scratch_tile8(const Compiled &, const Step &s) { return half_bytes(input_of(s)) + tile8::linear8_scratch(call_tile8(s)); }
-void run_tile8(Launch &l, const Step &s) {
+tile8::Linear8 filled_tile8(Launch &l, const Step &s) {
     tile8::Linear8 c = call_tile8(s);
     fill_tile(l, s, tile_input(l, s, true), &c);
     c.scratch = l.scratch + half_bytes(input_of(s));
@@ -4314,20 +5386,42 @@ void run_tile8(Launch &l, const Step &s) {
         c.part[i].w = s.nodes[i]->src[1]->plane[0];
         c.part[i].scb = static_cast<const float *>(s.nodes[i]->src[1]->plane[1]);
     }
-    l.q.note(tile8::linear8(l.q.stream, c, l.q.overlap));
+    return c;
 }
+void run_tile8(Launch &l, const Step &s) { l.q.note(tile8::linear8(l.q.stream, filled_tile8(l, s), l.q.overlap)); }
+void run_mma8(Launch &l, const Step &s) { l.q.note(tile8::linear8_mma(l.q.stream, filled_tile8(l, s), l.q.overlap)); }
 
-bool fits_attention(const Compiled &plan, const Step &s) {
+bool fits_attention(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *y = s.y, *k = y->src[1], *v = y->src[2];
     int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads;
-    return plan.f16 && plan.device->tiles && y->shape[0] > 0 && (k->type == BNB_F16 || k->type == BNB_INT8_KV) && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
-           k->shape[0] > 0;
+    return plan.f16 && has && y->shape[0] > 0 && (k->type == BNB_F16 || k->type == BNB_INT8_KV) &&
+           k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 && k->shape[0] > 0;
 }
-uint64_t scratch_attention(const Compiled &, const Step &s) {
-    const bnb_tensor *k = s.y->src[1];
-    return k->type == BNB_INT8_KV && s.y->shape[0] > tile8::decode_most ? 2 * half_bytes(k) : 0;
+bool fits_attention_tile(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->tiles); }
+bool fits_attention_mma(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->mma); }
+
+tile8::Attention call_attention(const Step &s) {
+    const bnb_tensor *y = s.y;
+    tile8::Attention a = {};
+    a.T = static_cast<int>(y->shape[0]);
+    a.n_head = y->params.attention.n_head;
+    a.n_head_kv = y->params.attention.n_head_kv;
+    a.D = static_cast<int>(y->shape[1] / a.n_head);
+    a.kv_int8 = y->src[1]->type == BNB_INT8_KV;
+    a.R = static_cast<int>(y->src[1]->shape[0]);
+    return a;
 }
-void run_attention_tile(Launch &l, const Step &s) {
+// Of widened caches: k_wide, v_wide.
+uint64_t scratch_attention_tile(const Compiled &, const Step &s) {
+    const tile8::Attention a = call_attention(s);
+    return a.kv_int8 && a.T > tile8::decode_most ? 2 * half_bytes(s.y->src[1]) : 0;
+}
+// A call widens caches or divides spans, never both: one memory serves.
+uint64_t scratch_attention_mma(const Compiled &plan, const Step &s) {
+    const uint64_t split = tile8::attention_scratch(call_attention(s), plan.device->n_sm);
+    return std::max(scratch_attention_tile(plan, s), split);
+}
+tile8::Attention filled_attention(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
     Rows k_new = {}, v_new = {};
     if (!s.writes.empty()) {
@@ -4343,11 +5437,7 @@ void run_attention_tile(Launch &l, const Step &s) {
     }
     const Rows q = l.rows(y->src[0]), out = l.rows(y);
     const Cache k = l.cache(y->src[1]), v = l.cache(y->src[2]);
-    tile8::Attention a = {};
-    a.T = static_cast<int>(y->shape[0]);
-    a.n_head = y->params.attention.n_head;
-    a.n_head_kv = y->params.attention.n_head_kv;
-    a.D = static_cast<int>(y->shape[1] / a.n_head);
+    tile8::Attention a = call_attention(s);
     a.q = q.data;
     a.ldq = q.ld;
     a.q_f32 = !q.f16;
@@ -4358,7 +5448,6 @@ void run_attention_tile(Launch &l, const Step &s) {
     a.v_absmax = v.absmax;
     a.k_wide = l.scratch;
     a.v_wide = l.scratch + half_bytes(y->src[1]);
-    a.R = static_cast<int>(y->src[1]->shape[0]);
     a.span = static_cast<const int *>(y->src[3]->plane[0]);
     a.scale = y->params.attention.scale;
     a.y = out.data;
@@ -4369,8 +5458,11 @@ void run_attention_tile(Launch &l, const Step &s) {
     if (a.k_new) a.row = static_cast<const int *>(s.writes[0]->src[2]->plane[0]);
     a.fault = l.plan.device->fault;
     a.node = l.node();
-    l.q.note(tile8::attention(l.q.stream, a, l.q.overlap));
+    a.scratch = reinterpret_cast<float *>(l.scratch);
+    return a;
 }
+void run_attention_tile(Launch &l, const Step &s) { l.q.note(tile8::attention(l.q.stream, filled_attention(l, s), l.q.overlap)); }
+void run_attention_mma(Launch &l, const Step &s) { l.q.note(tile8::attention_mma(l.q.stream, filled_attention(l, s), l.q.overlap)); }
 #endif
 
 uint64_t scratch_linear_int8(const Compiled &, const Step &s) {
@@ -4430,7 +5522,9 @@ const Kernel kernels[] = {
     {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
     {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
     {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
-    {"attention_tile", BNB_OP_ATTENTION, fits_attention, scratch_attention, run_attention_tile, TAKES_ROWS},
+    {"attention_tile", BNB_OP_ATTENTION, fits_attention_tile, scratch_attention_tile, run_attention_tile, TAKES_ROWS},
+    {"linear_mma8", BNB_OP_LINEAR, fits_mma8, scratch_tile8, run_mma8, 0},
+    {"attention_mma", BNB_OP_ATTENTION, fits_attention_mma, scratch_attention_mma, run_attention_mma, TAKES_ROWS},
     {"linear_f16_cublaslt", BNB_OP_LINEAR, fits_dense, scratch_dense, run_dense_f16, 0},
 #endif
     {"linear_int8", BNB_OP_LINEAR, fits_int8, scratch_linear_int8, run_linear_int8, 0},
@@ -4819,7 +5913,7 @@ void device_place(void *dev, bnb_tensor *t, int32_t compute_dtype) {
     const bool vector = t->n_dims == 1 && (t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_BF16);
     t->layout = vector ? LAYOUT_NUMBERS : LAYOUT_PLANES;
 #ifdef __CUDACC__
-    if (d.tiles && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
+    if (d.mma && compute_dtype != BNB_F32 && t->n_dims == 2 && t->shape[0] < INT32_MAX && t->shape[1] < INT32_MAX) {
         int N = static_cast<int>(t->shape[0]), K = static_cast<int>(t->shape[1]);
         if (bnb_type_bits(t->type) == 4 && tile4::linear4_fits(N, K, t->quant.blocksize)) t->layout = LAYOUT_TILE4;
     }
@@ -5057,21 +6151,30 @@ bnb_status device_info(void *dev, int32_t measure, bnb_device_info *info, bnb_er
 }
 
 #ifdef __CUDACC__
-// Whether this program was built for sm_90a: else the kernels of [TILE4] and [TILE8] are there, but empty.
-__global__ void hopper_kernel(int *yes) {
-#ifdef BNB__HOPPER
-    *yes = 1;
+// What this program has code for, as the device finds it: the kernels of [TILE4] and [TILE8] are always there, but empty
+// where the code that runs lacks their instructions.
+enum { CODE_MMA = 1, CODE_OVERLAP = 2, CODE_HOPPER = 4 };
+__global__ void code_kernel(int *has) {
+    int code = 0;
+#ifdef BNB__MMA
+    code |= CODE_MMA;
 #endif
-    (void)yes;
+#if __CUDA_ARCH__ >= 900
+    code |= CODE_OVERLAP; // wait_for_previous waits
+#endif
+#ifdef BNB__HOPPER
+    code |= CODE_HOPPER;
+#endif
+    *has = code;
 }
-bool has_hopper_code(Device &d) {
-    d.queue.launch(hopper_kernel, dim3(1), dim3(1), d.fault);
+int code_of(Device &d) {
+    d.queue.launch(code_kernel, dim3(1), dim3(1), d.fault);
     d.queue.note(cudaStreamSynchronize(d.queue.stream));
-    bool yes = *d.fault == 1 && d.queue.status == cudaSuccess;
+    int code = d.queue.status == cudaSuccess ? *d.fault : 0;
     *d.fault = 0;
     d.queue.status = cudaSuccess;
     (void)cudaGetLastError();
-    return yes;
+    return code;
 }
 #endif
 
@@ -5114,11 +6217,16 @@ void *device_open(bnb_env *env, int32_t index, bnb_error *err) {
     d->dense = new (std::nothrow) DenseLibrary{};
     if (d->dense) dense_open(*d->dense);
 #ifdef __CUDACC__
-    q.overlap = d->major >= 9;
-    if (d->major == 9 && has_hopper_code(*d)) {
-        d->tiles = tile4::linear4_init(d->ordinal) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess && tile8::attention_init(d->ordinal) == cudaSuccess;
-        (void)cudaGetLastError();
-    }
+    const int code = code_of(*d);
+    q.overlap = d->major >= 9 && code & CODE_OVERLAP;
+    if (code & CODE_MMA)
+        d->mma = cudaDeviceGetAttribute(&d->max_shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, d->ordinal) == cudaSuccess &&
+                 tile4::linear4_init(d->ordinal, d->max_shared, false) == cudaSuccess && tile8::linear8_mma_init() == cudaSuccess &&
+                 tile8::attention_mma_init() == cudaSuccess;
+    if (code & CODE_HOPPER)
+        d->tiles = d->mma && tile4::linear4_init(d->ordinal, d->max_shared, true) == cudaSuccess && tile8::linear8_init(d->ordinal) == cudaSuccess &&
+                   tile8::attention_init(d->ordinal) == cudaSuccess;
+    (void)cudaGetLastError();
 #endif
     return d;
 }
