@@ -345,6 +345,26 @@ __device__ float get(const Numbers &v, long i) {
     return __uint_as_float(static_cast<unsigned>(static_cast<const unsigned short *>(v.data)[i]) << 16);
 }
 
+// Keys or values [R, C]: numbers, or codes of int8_kv.
+struct Cache {
+    Rows rows;     // of codes only data and ld are looked at
+    float *absmax; // int8_kv: [blocks of a row, R]; else NULL
+};
+__device__ float get(const Cache &x, long r, long c) { // a code is not yet multiplied by its scale
+    if (!x.absmax) return get(x.rows, r, c);
+    return static_cast<float>(reinterpret_cast<const signed char *>(x.rows.data)[r * x.rows.ld + c]);
+}
+
+// int8_kv, see bnb_set_rows: absmax of a block whose largest |x| has these bits, and the code of one of its numbers.
+__device__ float kv_absmax(unsigned top) {
+    return __uint_as_float(top >= 0x7f800000u ? 0x7fc00000u : top < 0x03800000u ? 0 : top);
+}
+__device__ int kv_code(float x, float absmax) {
+    float v = absmax > 0 ? x * (127 / absmax) : 0.0f;
+    return static_cast<int>(rintf(v));
+}
+constexpr float kv_unit = 7.874015718698502e-3f; // 1/127: code * absmax * kv_unit is the value
+
 // A weight [N, K] in its canonical layout, or rows of an activation.
 struct Weight {
     const void *plane[BNB_MAX_PLANES];
@@ -539,6 +559,37 @@ __global__ void copy_rows_kernel(Rows x, Rows cache, Rows x2, Rows cache2, const
     if (x2.data) reinterpret_cast<uint4 *>(cache2.data)[r * (cache2.ld / 8) + i] = reinterpret_cast<const uint4 *>(x2.data)[t * (x2.ld / 8) + i];
 }
 
+// The same from any rows to int8_kv: a group of 32 lanes for a block of B columns.
+__global__ void __launch_bounds__(THREADS) set_rows_int8_kernel(Rows x, Cache cache, Rows x2, Cache cache2,
+                                                                const int *rows, int R, int C, int B, int *fault,
+                                                                int node) {
+    wait_for_previous();
+    const long t = blockIdx.y, b = static_cast<long>(blockIdx.x) * GROUPS + threadIdx.y;
+    const int r = rows[t], lane = threadIdx.x;
+    if (r < 0 || r >= R) {
+        *fault = node + 1;
+        return;
+    }
+    if (b * B >= C) return;
+    for (int which = 0; which < (x2.data ? 2 : 1); which++) {
+        const Rows from = which ? x2 : x;
+        const Cache to = which ? cache2 : cache;
+        unsigned top = 0;
+        for (long c = b * B + lane; c < (b + 1) * B; c += LANES) {
+            unsigned u = __float_as_uint(get(from, t, c)) & 0x7fffffffu;
+            top = u > top ? u : top;
+        }
+        for (int d = 16; d; d >>= 1) {
+            unsigned other = lane_xor(top, d);
+            top = other > top ? other : top;
+        }
+        const float absmax = kv_absmax(top);
+        for (long c = b * B + lane; c < (b + 1) * B; c += LANES)
+            to.rows.data[r * to.rows.ld + c] = static_cast<char>(kv_code(get(from, t, c), absmax));
+        if (lane == 0) to.absmax[b * R + r] = absmax;
+    }
+}
+
 // A group of 32 lanes makes y[m0 .. m0 + 8, n] for one n.
 enum { PLAIN_ROWS = 8 };
 __global__ void __launch_bounds__(THREADS) linear_kernel(Rows x, Weight w, Epilogue e, Rows y, int M) {
@@ -686,7 +737,7 @@ __global__ void __launch_bounds__(THREADS) linear_int8_kernel(Rows x, Weight w, 
 
 // One block for a head of a row: scores of THREADS cache rows at a time, a running maximum and sum, D columns of v.
 enum { PLAIN_HEAD = 256 };
-__global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Rows k, Rows v, const int *span, int R, int D,
+__global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Cache k, Cache v, const int *span, int R, int D,
                                                             int group, float scale, Rows y, int *fault, int node) {
     __shared__ float query[PLAIN_HEAD], p[THREADS];
     wait_for_previous();
@@ -696,6 +747,8 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Rows k, Rows
         *fault = node + 1;
         first = end = 0;
     }
+    const float *k_absmax = k.absmax ? k.absmax + h / group * R : nullptr;
+    const float *v_absmax = v.absmax ? v.absmax + h / group * R : nullptr;
     if (thread < D) query[thread] = get(q, t, h * D + thread) * scale;
     float top = -INFINITY, sum = 0, out = 0;
     for (int r0 = first; r0 < end; r0 += THREADS) {
@@ -705,12 +758,13 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(Rows q, Rows k, Rows
             float dot = 0;
             for (int d = lane; d < D && r < n; d += LANES) dot += query[d] * get(k, r0 + r, kv + d);
             dot = lane_sum(dot);
+            if (k_absmax && r < n) dot *= k_absmax[r0 + r] * kv_unit;
             if (lane == 0) p[r] = r < n ? dot : -INFINITY;
         }
         __syncthreads();
         float here = p[thread], larger = fmaxf(top, block_max(here)), shrink = expf(top - larger);
         here = expf(here - larger);
-        p[thread] = here;
+        p[thread] = v_absmax && thread < n ? here * (v_absmax[r0 + thread] * kv_unit) : here;
         sum = sum * shrink + block_sum(here); // its barriers publish p
         out *= shrink;
         top = larger;
@@ -4072,7 +4126,7 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
     return linear8_gemm_mma_launch<64, 64>(stream, l, pdl);
 }
 
-/* Attention over an f16 cache: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
+/* Attention over an f16 or int8 cache: y[t, h] = softmax(scale q[t, h] . k[r, h']) v[r, h'] over the cache rows r of
  * row t's span. Spans are data: no launch depends on them, and blocks that have nothing to do leave.
  *
  *   T <= 16   attention_decode: a cluster of blocks for each row and head divides the row's span; no block waits for
@@ -4083,6 +4137,7 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
  *             whole tiles of 128 cache rows: those between the first and the last row that its 128 rows see must
  *             hold finite numbers, also where no span covers them.
  *             attention_prompt_mma: the same by mma.sync and cp.async.
+ *             Both multiply f16: attention_widen makes it of the rows of an int8 cache that are seen.
  *
  * Sums have a fixed order: the same bits in every run. */
 
@@ -4091,8 +4146,11 @@ struct Attention {
     const void *q;               /* [T, n_head * D], rows ldq elements apart */
     long ldq;
     int q_f32;         /* else f16 */
-    void *k, *v;       /* f16 [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
+    void *k, *v;       /* f16, or int8 codes, [R, n_head_kv * D], rows ldkv elements apart, 16-byte aligned */
     long ldkv;
+    int kv_int8;                /* codes */
+    float *k_absmax, *v_absmax; /* of codes: [n_head_kv, R], value = code * absmax / 127 */
+    void *k_wide, *v_wide;      /* of codes, T > decode_most: scratch, f16 [R, n_head_kv * D], 16-byte aligned */
     int kv_f32; /* 1 does not fit */
     int R;
     const int *span; /* [T, 2] on the device, 8-byte aligned: 0 <= first <= end <= R; equal: zeros */
@@ -4119,6 +4177,19 @@ __device__ inline int2 attention_span(const Attention &a, int t) {
     return make_int2(0, 0);
 }
 
+/* 8 numbers of a cache row as they are loaded: f16, or codes (without their scale). */
+__device__ inline void numbers8(const uint4 &packed, float (&v)[8]) {
+    const __half2 *h = (const __half2 *)&packed;
+#pragma unroll
+    for (int i = 0; i < 4; i++) *(float2 *)(v + 2 * i) = __half22float2(h[i]);
+}
+__device__ inline void numbers8(const uint2 &codes, float (&v)[8]) {
+    const uint32_t word[2] = {codes.x ^ 0x80808080u, codes.y ^ 0x80808080u}; /* code + 128: low bytes of 2^23 + it */
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        v[i] = __uint_as_float(__byte_perm(word[i / 4], 0x4b000000u, 0x7440 + i % 4)) - 8388736.0f;
+}
+
 /* q[t, column..column + 7] */
 __device__ inline void attention_q8(const Attention &a, int t, int column, float (&v)[8]) {
     const char *const p = (const char *)a.q + (t * a.ldq + column) * (a.q_f32 ? 4 : 2);
@@ -4128,11 +4199,23 @@ __device__ inline void attention_q8(const Attention &a, int t, int column, float
     } else if (a.q_f32) {
         *(float4 *)v = *(const float4 *)p, *(float4 *)(v + 4) = *(const float4 *)(p + 16);
     } else {
-        const uint4 packed = *(const uint4 *)p;
-        const __half2 *h = (const __half2 *)&packed;
-#pragma unroll
-        for (int i = 0; i < 4; i++) *(float2 *)(v + 2 * i) = __half22float2(h[i]);
+        numbers8(*(const uint4 *)p, v);
     }
+}
+
+/* 8 numbers of a new row -> codes. LANES lanes (mask) hold a head, whose absmax all of them get. */
+template <int LANES> __device__ inline uint2 codes8(const uint4 &halves, uint32_t mask, float *absmax) {
+    float v[8];
+    uint32_t top = 0, word[2] = {};
+    numbers8(halves, v);
+#pragma unroll
+    for (int i = 0; i < 8; i++) top = max(top, __float_as_uint(v[i]) & 0x7fffffffu);
+#pragma unroll
+    for (int i = LANES / 2; i; i /= 2) top = max(top, __shfl_xor_sync(mask, top, i));
+    *absmax = kv_absmax(top);
+#pragma unroll
+    for (int i = 0; i < 8; i++) word[i / 4] |= (uint32_t)(kv_code(v[i], *absmax) & 255) << 8 * (i % 4);
+    return make_uint2(word[0], word[1]);
 }
 
 __device__ inline float exp2_fast(float x) { /* 0 for results below the normal numbers */
@@ -4178,11 +4261,13 @@ __device__ __forceinline__ void attention_query(const Attention &a, int head, in
 }
 
 /* ---- decode ---------------------------------------------------------------------------------------------------------
- * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D); G heads share it. Each group of lanes takes cache rows
- * of its own and keeps its own maximum, sum and weighted values; they are joined in the end: lanes of a warp, warps of
- * a block, blocks of the cluster. */
+ * LANES lanes hold a cache row, 8 numbers each (8 LANES >= D), f16 in a uint4 or codes in a uint2; G heads share it.
+ * Each group of lanes takes cache rows of its own and keeps its own maximum, sum and weighted values; they are joined
+ * in the end: lanes of a warp, warps of a block, blocks of a cluster or of a row (attention_join). */
 
-enum { decode_warps = 8, decode_rows = 4, decode_cluster = 8 }; /* rows: what a group of lanes loads at a time */
+enum { decode_most = 16, decode_warps = 8, decode_cluster = 8 }; /* most: rows of q */
+/* What a group of lanes loads at a time: of codes as many bytes as of f16, where there are registers for it. */
+__host__ __device__ constexpr int decode_rows(int G, bool coded) { return coded && G < 4 ? 8 : 4; }
 
 constexpr float no_score = -1e30f; /* less than any score; its differences are finite */
 
@@ -4194,9 +4279,12 @@ __device__ inline float2 *split_sum(const Attention &a, int t, int head, int ran
     return (float2 *)(a.scratch + (size_t)a.T * a.n_head * n * a.D) + (t * a.n_head + head) * n + rank;
 }
 
-template <int LANES, int G, bool CLUSTER> /* CLUSTER: a row's blocks are one; else attention_join has the last word */
+/* CLUSTER: a row's blocks are one; else attention_join has the last word. */
+template <int LANES, int G, bool CLUSTER, class Packed>
 __device__ __forceinline__ void decode(const Attention &a) {
-    constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * decode_rows;
+    constexpr bool coded = sizeof(Packed) == sizeof(uint2);
+    constexpr int rows = decode_rows(G, coded), bytes = sizeof(Packed) / 8; /* of a number */
+    constexpr int groups = 32 / LANES, width = LANES * 8, step = groups * rows;
     __shared__ float warp_acc[decode_warps][G][width], warp_top[decode_warps][G], warp_sum[decode_warps][G];
     constexpr int peers = CLUSTER ? decode_cluster : 1;
     __shared__ float block_acc[peers][G][width], block_top[peers][G], block_sum[peers][G]; /* rank 0's */
@@ -4209,11 +4297,24 @@ __device__ __forceinline__ void decode(const Attention &a) {
     const int first = span.x, end = span.y;
     int row = a.k_new ? *a.row : -1; /* read from k_new and v_new, not from the caches, which get it here */
     if (a.k_new && (row < 0 || row >= a.R)) *a.fault = a.node + 1, row = -1;
-    const long kv_column = (long)(head / (a.n_head / a.n_head_kv)) * a.D;
-    if (row >= 0 && rank == 0 && tid < a.D / 8) {
+    const int kv_head = head / (a.n_head / a.n_head_kv);
+    const long kv_column = (long)kv_head * a.D, column = kv_column + d;
+    const bool active = d < a.D;
+    const __half *const key_new = (const __half *)a.k_new + column, *const value_new = (const __half *)a.v_new + column;
+    float *const k_absmax = a.k_absmax + (long)kv_head * a.R, *const v_absmax = a.v_absmax + (long)kv_head * a.R;
+    uint4 k_half = {}, v_half = {}; /* the new row, which becomes codes twice: for the cache, and where it is read */
+    if (coded && row >= 0 && active) k_half = __ldg((const uint4 *)key_new), v_half = __ldg((const uint4 *)value_new);
+    if (!coded && row >= 0 && rank == 0 && tid < a.D / 8) {
         const long to = row * a.ldkv + kv_column + 8 * tid;
         *(uint4 *)((__half *)a.k + to) = *(const uint4 *)((const __half *)a.k_new + kv_column + 8 * tid);
         *(uint4 *)((__half *)a.v + to) = *(const uint4 *)((const __half *)a.v_new + kv_column + 8 * tid);
+    }
+    if (coded && row >= 0 && rank == 0 && warp == 0) {
+        float k_top, v_top;
+        const uint2 k_codes = codes8<LANES>(k_half, ~0u, &k_top), v_codes = codes8<LANES>(v_half, ~0u, &v_top);
+        const long to = row * a.ldkv + column;
+        if (group == 0 && active) *(uint2 *)((int8_t *)a.k + to) = k_codes, *(uint2 *)((int8_t *)a.v + to) = v_codes;
+        if (lane == 0) k_absmax[row] = k_top, v_absmax[row] = v_top;
     }
     /* Short spans are the first blocks' alone. */
     const int used = min(n_ranks, (end - first + decode_warps * step - 1) / (decode_warps * step));
@@ -4225,10 +4326,7 @@ __device__ __forceinline__ void decode(const Attention &a) {
         return;
     }
 
-    const long column = kv_column + d;
-    const __half *const keys = (const __half *)a.k + column, *const values = (const __half *)a.v + column;
-    const __half *const key_new = (const __half *)a.k_new + column, *const value_new = (const __half *)a.v_new + column;
-    const bool active = d < a.D;
+    const char *const keys = (const char *)a.k + column * bytes, *const values = (const char *)a.v + column * bytes;
     const float scale = a.scale * 1.44269504f; /* for exp2 */
     float q[G][8], acc[G][8] = {}, top[G], sum[G] = {};
 #pragma unroll
@@ -4239,40 +4337,57 @@ __device__ __forceinline__ void decode(const Attention &a) {
         if (active) attention_q8(a, t, (head + h) * a.D + d, q[h]);
     }
     const int stride = used * decode_warps * step;
-    uint4 k[decode_rows], v[decode_rows], k_next[decode_rows], v_next[decode_rows];
-    const auto load = [&](int r0, uint4(&to_k)[decode_rows], uint4(&to_v)[decode_rows]) {
+    struct Load {
+        Packed k[rows], v[rows];
+        float k_scale[rows], v_scale[rows]; /* of codes */
+    } now, next_load;
+    const auto load = [&](int r0, Load &to) {
 #pragma unroll
-        for (int u = 0; u < decode_rows; u++) {
+        for (int u = 0; u < rows; u++) {
             const int r = r0 + u * groups + group;
-            const bool ok = active && r < end;
-            to_k[u] = ok ? __ldg((const uint4 *)(r == row ? key_new : keys + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
-            to_v[u] = ok ? __ldg((const uint4 *)(r == row ? value_new : values + r * a.ldkv)) : make_uint4(0, 0, 0, 0);
+            const bool ok = active && r < end, is_new = !coded && r == row; /* codes of the new row: below */
+            const long at = r * a.ldkv * bytes;
+            to.k[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)key_new : keys + at)) : Packed();
+            to.v[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)value_new : values + at)) : Packed();
+            if (!coded) continue;
+            to.k_scale[u] = r < end ? __ldg(k_absmax + r) : 0;
+            to.v_scale[u] = r < end ? __ldg(v_absmax + r) : 0;
         }
     };
     int r0 = first + (rank * decode_warps + warp) * step;
-    load(r0, k, v);
+    load(r0, now);
     for (; r0 < end; r0 += stride) {
-        load(r0 + stride, k_next, v_next); /* in flight while these rows are worked on */
+        load(r0 + stride, next_load); /* in flight while these rows are worked on */
+        /* the new row is this group's */
+        if (coded && row >= r0 && row < min(r0 + step, end) && (row - r0) % groups == group) {
+            const uint32_t mask = ~0u >> (32 - LANES) << (group * LANES);
+            float k_top, v_top;
+            const uint2 k_codes = codes8<LANES>(k_half, mask, &k_top), v_codes = codes8<LANES>(v_half, mask, &v_top);
+#pragma unroll
+            for (int u = 0; u < rows; u++)
+                if (r0 + u * groups + group == row) {
+                    *(uint2 *)&now.k[u] = k_codes, *(uint2 *)&now.v[u] = v_codes;
+                    now.k_scale[u] = k_top, now.v_scale[u] = v_top;
+                }
+        }
 #pragma unroll
         for (int h = 0; h < G; h++) {
-            float s[decode_rows], next = top[h];
+            float s[rows], next = top[h];
 #pragma unroll
-            for (int u = 0; u < decode_rows; u++) {
-                const __half2 *x = (const __half2 *)&k[u];
+            for (int u = 0; u < rows; u++) {
+                float x[8];
+                numbers8(now.k[u], x);
                 s[u] = 0;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float2 f = __half22float2(x[i]);
-                    s[u] = fmaf(q[h][2 * i], f.x, s[u]);
-                    s[u] = fmaf(q[h][2 * i + 1], f.y, s[u]);
-                }
+                for (int i = 0; i < 8; i++) s[u] = fmaf(q[h][i], x[i], s[u]);
             }
 #pragma unroll
             for (int i = LANES / 2; i; i /= 2)
 #pragma unroll
-                for (int u = 0; u < decode_rows; u++) s[u] += __shfl_xor_sync(~0u, s[u], i);
+                for (int u = 0; u < rows; u++) s[u] += __shfl_xor_sync(~0u, s[u], i);
 #pragma unroll
-            for (int u = 0; u < decode_rows; u++) {
+            for (int u = 0; u < rows; u++) {
+                if (coded) s[u] *= now.k_scale[u] * kv_unit;
                 s[u] = r0 + u * groups + group < end ? s[u] * scale : -INFINITY;
                 next = fmaxf(next, s[u]);
             }
@@ -4281,20 +4396,16 @@ __device__ __forceinline__ void decode(const Attention &a) {
 #pragma unroll
             for (int i = 0; i < 8; i++) acc[h][i] *= keep;
 #pragma unroll
-            for (int u = 0; u < decode_rows; u++) {
-                const float p = exp2_fast(s[u] - next);
-                const __half2 *x = (const __half2 *)&v[u];
+            for (int u = 0; u < rows; u++) {
+                float p = exp2_fast(s[u] - next), x[8];
+                numbers8(now.v[u], x);
                 sum[h] += p;
+                if (coded) p *= now.v_scale[u] * kv_unit;
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float2 f = __half22float2(x[i]);
-                    acc[h][2 * i] = fmaf(p, f.x, acc[h][2 * i]);
-                    acc[h][2 * i + 1] = fmaf(p, f.y, acc[h][2 * i + 1]);
-                }
+                for (int i = 0; i < 8; i++) acc[h][i] = fmaf(p, x[i], acc[h][i]);
             }
         }
-#pragma unroll
-        for (int u = 0; u < decode_rows; u++) k[u] = k_next[u], v[u] = v_next[u];
+        now = next_load;
     }
     grid_launch_dependents(); /* not earlier: blocks of the next launch would take turns with these */
 #pragma unroll
@@ -4353,16 +4464,16 @@ __device__ __forceinline__ void decode(const Attention &a) {
     }
 }
 
-template <int LANES, int G>
+template <int LANES, int G, class Packed>
 __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
 #ifdef BNB__HOPPER
-    decode<LANES, G, true>(a);
+    decode<LANES, G, true, Packed>(a);
 #endif
 }
-template <int LANES, int G>
+template <int LANES, int G, class Packed>
 __global__ void __launch_bounds__(decode_warps * 32) attention_decode_split(const __grid_constant__ Attention a) {
 #ifdef BNB__MMA
-    decode<LANES, G, false>(a);
+    decode<LANES, G, false, Packed>(a);
 #endif
 }
 
@@ -4379,7 +4490,7 @@ enum { split_threads = 256, split_most = 32 };
 Split attention_split(const Attention &a, int n_sm) {
     const int lanes = a.D <= 64 ? 8 : a.D <= 128 ? 16 : 32, shared_by = a.n_head / a.n_head_kv;
     const int G = shared_by % 4 == 0 && lanes < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
-    const int rows = decode_warps * decode_rows * (32 / lanes);
+    const int rows = decode_warps * decode_rows(G, a.kv_int8) * (32 / lanes);
     const int n = std::min({n_sm / (a.T * (a.n_head / G)), (a.R + rows - 1) / rows, (int)split_most});
     return {a, lanes, G, rows, std::max(n, 1)};
 }
@@ -4405,26 +4516,27 @@ __global__ void __launch_bounds__(split_threads) attention_join(const __grid_con
 #endif
 }
 
-template <int LANES> cudaError_t attention_split_launch(cudaStream_t stream, const Split &s, bool pdl) {
+template <int LANES, class Packed>
+cudaError_t attention_split_launch(cudaStream_t stream, const Split &s, bool pdl) {
     const Attention &a = s.a;
-    void (*kernel)(Attention) = s.G == 4 ? attention_decode_split < LANES, LANES < 32 ? 4 : 2 >
-        : s.G == 2                       ? attention_decode_split<LANES, 2>
-                                         : attention_decode_split<LANES, 1>;
+    void (*kernel)(Attention) = s.G == 4 ? attention_decode_split < LANES, LANES < 32 ? 4 : 2, Packed >
+        : s.G == 2                       ? attention_decode_split<LANES, 2, Packed>
+                                         : attention_decode_split<LANES, 1, Packed>;
     const cudaError_t e = launch(kernel, a, dim3(s.n, a.n_head / s.G, a.T), decode_warps * 32, 0, 1, pdl, stream);
     if (e || s.n == 1) return e;
     return launch(attention_join, s, dim3(a.n_head, a.T), split_threads, 0, 1, pdl, stream);
 }
 
-template <int LANES>
+template <int LANES, class Packed>
 cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, bool pdl) {
     const int shared_by = a.n_head / a.n_head_kv, G = shared_by % 4 == 0 && LANES < 32 ? 4 : shared_by % 2 == 0 ? 2 : 1;
-    const int chunks = a.n_head / G, rows = decode_warps * decode_rows * (32 / LANES);
+    const int chunks = a.n_head / G, rows = decode_warps * decode_rows(G, a.kv_int8) * (32 / LANES);
     int cluster = 1; /* a block for each multiprocessor, at most one for each `rows` rows of cache */
     while (cluster < decode_cluster && a.T * chunks * cluster * 2 <= multiprocessors() && cluster * rows < a.R)
         cluster *= 2;
-    void (*kernel)(Attention) = G == 4 ? attention_decode < LANES, LANES < 32 ? 4 : 2 >
-        : G == 2                       ? attention_decode<LANES, 2>
-                                       : attention_decode<LANES, 1>;
+    void (*kernel)(Attention) = G == 4 ? attention_decode < LANES, LANES < 32 ? 4 : 2, Packed >
+        : G == 2                       ? attention_decode<LANES, 2, Packed>
+                                       : attention_decode<LANES, 1, Packed>;
     return launch(kernel, a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
 }
 
@@ -4882,6 +4994,50 @@ template <int DP> cudaError_t attention_prompt_mma_launch(cudaStream_t stream, c
                   1, pdl, stream);
 }
 
+/* ---- prompt, int8 caches --------------------------------------------------------------------------------------------
+ * As f16, in k_wide and v_wide: all rows between the first and the last that any row of q sees. */
+
+enum { widen_rows = 16 }; /* of a block */
+__global__ void __launch_bounds__(256) attention_widen(const __grid_constant__ Attention a) {
+#ifdef BNB__MMA
+    __shared__ int2 seen[8];
+    const int tid = threadIdx.x, units = a.n_head_kv * a.D / 8;
+    grid_wait();
+    int first = INT_MAX, end = 0;
+    for (int t = tid; t < a.T; t += 256) {
+        const int2 s = attention_span(a, t);
+        if (s.x < s.y) first = min(first, s.x), end = max(end, s.y);
+    }
+    first = __reduce_min_sync(~0u, first), end = __reduce_max_sync(~0u, end);
+    if (tid % 32 == 0) seen[tid / 32] = make_int2(first, end);
+    __syncthreads();
+    for (int i = 0; i < 8; i++) first = min(first, seen[i].x), end = max(end, seen[i].y);
+    const char *const codes = (const char *)(blockIdx.y ? a.v : a.k);
+    const float *const absmax = blockIdx.y ? a.v_absmax : a.k_absmax;
+    __half *const wide = (__half *)(blockIdx.y ? a.v_wide : a.k_wide);
+    for (int i = tid; i < widen_rows * units; i += 256) {
+        const int r = blockIdx.x * widen_rows + i / units, c = i % units * 8;
+        if (r < first || r >= end) continue;
+        float x[8];
+        numbers8(__ldg((const uint2 *)(codes + r * a.ldkv + c)), x);
+        const float scale = __ldg(absmax + (long)(c / a.D) * a.R + r) * kv_unit;
+        __half2 h[4];
+#pragma unroll
+        for (int j = 0; j < 4; j++) h[j] = __floats2half2_rn(x[2 * j] * scale, x[2 * j + 1] * scale);
+        *(uint4 *)(wide + 8l * units * r + c) = *(const uint4 *)h;
+    }
+    grid_launch_dependents();
+#endif
+}
+
+/* Asks for that, and makes *a a call with an f16 cache. */
+cudaError_t attention_widen_launch(cudaStream_t stream, Attention *a, bool pdl) {
+    const dim3 grid((a->R + widen_rows - 1) / widen_rows, 2);
+    const cudaError_t e = launch(attention_widen, *a, grid, 256, 0, 1, pdl, stream);
+    a->k = a->k_wide, a->v = a->v_wide, a->ldkv = (long)a->n_head_kv * a->D, a->kv_int8 = 0;
+    return e;
+}
+
 cudaError_t attention_init(int device) { /* the current one */
     int major = 0;
     cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
@@ -4895,12 +5051,18 @@ cudaError_t attention_init(int device) { /* the current one */
     return e;
 }
 
-cudaError_t attention(cudaStream_t stream, const Attention &a, bool pdl) {
+template <class Packed> cudaError_t attention_decode_any(cudaStream_t stream, const Attention &a, bool pdl) {
+    return a.D <= 64    ? attention_decode_launch<8, Packed>(stream, a, pdl)
+           : a.D <= 128 ? attention_decode_launch<16, Packed>(stream, a, pdl)
+                        : attention_decode_launch<32, Packed>(stream, a, pdl);
+}
+
+cudaError_t attention(cudaStream_t stream, Attention a, bool pdl) {
     if (!attention_fits(a)) return cudaErrorInvalidValue;
-    if (a.T <= 16)
-        return a.D <= 64    ? attention_decode_launch<8>(stream, a, pdl)
-               : a.D <= 128 ? attention_decode_launch<16>(stream, a, pdl)
-                            : attention_decode_launch<32>(stream, a, pdl);
+    if (a.T <= decode_most)
+        return a.kv_int8 ? attention_decode_any<uint2>(stream, a, pdl) : attention_decode_any<uint4>(stream, a, pdl);
+    if (a.kv_int8)
+        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
     return a.D <= 64    ? attention_prompt_launch<64>(stream, a, pdl)
            : a.D <= 80  ? attention_prompt_launch<80>(stream, a, pdl)
            : a.D <= 96  ? attention_prompt_launch<96>(stream, a, pdl)
@@ -4923,18 +5085,23 @@ cudaError_t attention_mma_init() { /* for the current device */
 }
 
 size_t attention_scratch(const Attention &a, int n_sm) {
-    const int n = a.T <= 16 ? attention_split(a, n_sm).n : 1;
+    const int n = a.T <= decode_most ? attention_split(a, n_sm).n : 1;
     return n > 1 ? (size_t)a.T * a.n_head * n * (a.D + 2) * sizeof(float) : 0;
 }
 
-cudaError_t attention_mma(cudaStream_t stream, const Attention &a, bool pdl) {
+template <class Packed> cudaError_t attention_split_any(cudaStream_t stream, const Attention &a, bool pdl) {
+    const Split s = attention_split(a, multiprocessors());
+    return s.lanes == 8    ? attention_split_launch<8, Packed>(stream, s, pdl)
+           : s.lanes == 16 ? attention_split_launch<16, Packed>(stream, s, pdl)
+                           : attention_split_launch<32, Packed>(stream, s, pdl);
+}
+
+cudaError_t attention_mma(cudaStream_t stream, Attention a, bool pdl) {
     if (!attention_fits(a)) return cudaErrorInvalidValue;
-    if (a.T <= 16) {
-        const Split s = attention_split(a, multiprocessors());
-        return s.lanes == 8    ? attention_split_launch<8>(stream, s, pdl)
-               : s.lanes == 16 ? attention_split_launch<16>(stream, s, pdl)
-                               : attention_split_launch<32>(stream, s, pdl);
-    }
+    if (a.T <= decode_most)
+        return a.kv_int8 ? attention_split_any<uint2>(stream, a, pdl) : attention_split_any<uint4>(stream, a, pdl);
+    if (a.kv_int8)
+        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
     return a.D <= 64    ? attention_prompt_mma_launch<64>(stream, a, pdl)
            : a.D <= 80  ? attention_prompt_mma_launch<80>(stream, a, pdl)
            : a.D <= 96  ? attention_prompt_mma_launch<96>(stream, a, pdl)
@@ -5094,6 +5261,10 @@ struct Launch {
         int f16 = it != plan.halves.end() && it->second;
         return {static_cast<char *>(root->plane[0]) + (f16 ? offset / 2 : offset), t->stride[0] / 4, f16};
     }
+    Cache cache(const bnb_tensor *t) const {
+        if (t->type != BNB_INT8_KV) return {rows(t), nullptr};
+        return {{static_cast<char *>(t->plane[0]), static_cast<long>(t->stride[0]), 0}, static_cast<float *>(t->plane[1])};
+    }
     Numbers numbers(const bnb_tensor *t) const {
         if (!t) return {};
         return {t->plane[0], t->layout == LAYOUT_NUMBERS ? BNB_F32 : t->type};
@@ -5183,16 +5354,29 @@ void run_draw(Launch &l, const Step &s) {
                static_cast<int *>(s.y->plane[0]), C);
 }
 
+// Columns that share a scale; 0: there are no scales.
+int int8_block(const bnb_tensor *cache) { return cache->type == BNB_INT8_KV ? cache->quant.blocksize : 0; }
+
 void run_set_rows(Launch &l, const Step &s) {
     const bnb_tensor *a = s.nodes[0], *b = s.nodes.size() > 1 ? s.nodes[1] : nullptr;
-    const Rows x = l.rows(a->src[1]), cache = l.rows(a->src[0]), x2 = b ? l.rows(b->src[1]) : Rows{}, cache2 = b ? l.rows(b->src[0]) : Rows{};
+    const Rows x = l.rows(a->src[1]), x2 = b ? l.rows(b->src[1]) : Rows{};
+    const Cache cache = l.cache(a->src[0]), cache2 = b ? l.cache(b->src[0]) : Cache{};
     const int *rows = static_cast<const int *>(a->src[2]->plane[0]);
     const int R = static_cast<int>(a->shape[0]), C = static_cast<int>(a->shape[1]);
     const unsigned T = static_cast<unsigned>(a->src[1]->shape[0]);
-    const bool fast = C % 8 == 0 && x.f16 && cache.f16 && (!b || (x2.f16 && cache2.f16)) && (x.ld | cache.ld | x2.ld | cache2.ld) % 8 == 0 &&
-                      aligned16({x.data, cache.data, x2.data, cache2.data});
-    if (fast) l.q.launch(copy_rows_kernel, dim3(blocks(C / 8, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C / 8, l.plan.device->fault, l.node());
-    else l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache, x2, cache2, rows, R, C, l.plan.device->fault, l.node());
+    const bool fast = C % 8 == 0 && x.f16 && cache.rows.f16 && (!b || (x2.f16 && cache2.rows.f16)) &&
+                      (x.ld | cache.rows.ld | x2.ld | cache2.rows.ld) % 8 == 0 &&
+                      aligned16({x.data, cache.rows.data, x2.data, cache2.rows.data});
+    int *const fault = l.plan.device->fault;
+    if (const int B = int8_block(a))
+        l.q.launch(set_rows_int8_kernel, dim3(blocks(C / B, GROUPS), T), dim3(LANES, GROUPS), x, cache, x2, cache2,
+                   rows, R, C, B, fault, l.node());
+    else if (fast)
+        l.q.launch(copy_rows_kernel, dim3(blocks(C / 8, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows,
+                   rows, R, C / 8, fault, l.node());
+    else
+        l.q.launch(set_rows_kernel, dim3(blocks(C, THREADS), T), dim3(THREADS), x, cache.rows, x2, cache2.rows, rows, R,
+                   C, fault, l.node());
 }
 
 void run_linear(Launch &l, const Step &s) {
@@ -5442,8 +5626,8 @@ void run_mma8(Launch &l, const Step &s) { l.q.note(tile8::linear8_mma(l.q.stream
 bool fits_attention(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *y = s.y, *k = y->src[1], *v = y->src[2];
     int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads;
-    return plan.f16 && has && y->shape[0] > 0 && k->type == BNB_F16 && k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 &&
-           k->shape[0] > 0;
+    return plan.f16 && has && y->shape[0] > 0 && (k->type == BNB_F16 || k->type == BNB_INT8_KV) &&
+           k->stride[0] == v->stride[0] && D % 8 == 0 && D <= 256 && k->shape[1] % 8 == 0 && k->shape[0] > 0;
 }
 bool fits_attention_tile(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->tiles); }
 bool fits_attention_mma(const Compiled &plan, const Step &s) { return fits_attention(plan, s, plan.device->mma); }
@@ -5455,10 +5639,20 @@ tile8::Attention call_attention(const Step &s) {
     a.n_head = y->params.attention.n_head;
     a.n_head_kv = y->params.attention.n_head_kv;
     a.D = static_cast<int>(y->shape[1] / a.n_head);
+    a.kv_int8 = y->src[1]->type == BNB_INT8_KV;
     a.R = static_cast<int>(y->src[1]->shape[0]);
     return a;
 }
-uint64_t scratch_attention_mma(const Compiled &plan, const Step &s) { return tile8::attention_scratch(call_attention(s), plan.device->n_sm); }
+// Of widened caches: k_wide, v_wide.
+uint64_t scratch_attention_tile(const Compiled &, const Step &s) {
+    const tile8::Attention a = call_attention(s);
+    return a.kv_int8 && a.T > tile8::decode_most ? 2 * half_bytes(s.y->src[1]) : 0;
+}
+// A call widens caches or divides spans, never both: one memory serves.
+uint64_t scratch_attention_mma(const Compiled &plan, const Step &s) {
+    const uint64_t split = tile8::attention_scratch(call_attention(s), plan.device->n_sm);
+    return std::max(scratch_attention_tile(plan, s), split);
+}
 tile8::Attention filled_attention(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y;
     Rows k_new = {}, v_new = {};
@@ -5473,14 +5667,19 @@ tile8::Attention filled_attention(Launch &l, const Step &s) {
             k_new = v_new = {};
         }
     }
-    Rows q = l.rows(y->src[0]), k = l.rows(y->src[1]), out = l.rows(y);
+    const Rows q = l.rows(y->src[0]), out = l.rows(y);
+    const Cache k = l.cache(y->src[1]), v = l.cache(y->src[2]);
     tile8::Attention a = call_attention(s);
     a.q = q.data;
     a.ldq = q.ld;
     a.q_f32 = !q.f16;
-    a.k = k.data;
-    a.v = l.rows(y->src[2]).data;
-    a.ldkv = k.ld;
+    a.k = k.rows.data;
+    a.v = v.rows.data;
+    a.ldkv = k.rows.ld;
+    a.k_absmax = k.absmax;
+    a.v_absmax = v.absmax;
+    a.k_wide = l.scratch;
+    a.v_wide = l.scratch + half_bytes(y->src[1]);
     a.span = static_cast<const int *>(y->src[3]->plane[0]);
     a.scale = y->params.attention.scale;
     a.y = out.data;
@@ -5523,8 +5722,8 @@ void run_linear_int8(Launch &l, const Step &s) {
 void run_attention(Launch &l, const Step &s) {
     const bnb_tensor *y = s.y, *k = y->src[1];
     int heads = y->params.attention.n_head;
-    l.q.launch(attention_kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(y->shape[0])), dim3(THREADS), l.rows(y->src[0]), l.rows(k),
-               l.rows(y->src[2]), static_cast<const int *>(y->src[3]->plane[0]), static_cast<int>(k->shape[0]),
+    l.q.launch(attention_kernel, dim3(static_cast<unsigned>(heads), static_cast<unsigned>(y->shape[0])), dim3(THREADS), l.rows(y->src[0]), l.cache(k),
+               l.cache(y->src[2]), static_cast<const int *>(y->src[3]->plane[0]), static_cast<int>(k->shape[0]),
                static_cast<int>(y->shape[1] / heads), heads / y->params.attention.n_head_kv, y->params.attention.scale, l.rows(y),
                l.plan.device->fault, l.node());
 }
@@ -5555,7 +5754,7 @@ const Kernel kernels[] = {
     {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
     {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
     {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
-    {"attention_tile", BNB_OP_ATTENTION, fits_attention_tile, nullptr, run_attention_tile, TAKES_ROWS},
+    {"attention_tile", BNB_OP_ATTENTION, fits_attention_tile, scratch_attention_tile, run_attention_tile, TAKES_ROWS},
     {"linear_mma8", BNB_OP_LINEAR, fits_mma8, scratch_tile8, run_mma8, 0},
     {"attention_mma", BNB_OP_ATTENTION, fits_attention_mma, scratch_attention_mma, run_attention_mma, TAKES_ROWS},
     {"linear_f16_cublaslt", BNB_OP_LINEAR, fits_dense, scratch_dense, run_dense_f16, 0},
@@ -5701,7 +5900,7 @@ private:
         for (Step &other : plan_.steps) {
             const bnb_tensor *a = other.nodes[0], *b = s->nodes[0];
             if (other.op != BNB_OP_SET_ROWS || other.nodes.size() > 1 || a->src[2] != b->src[2] || a->shape[0] != b->shape[0] ||
-                a->shape[1] != b->shape[1] || a->src[0] == b->src[0])
+                a->shape[1] != b->shape[1] || int8_block(a) != int8_block(b) || a->src[0] == b->src[0])
                 continue;
             bool early = false; // somebody reads the first cache before the second is written
             for (const bnb_tensor *u : users_.at(a)) early = early || index(u) < s->at;
@@ -5767,11 +5966,11 @@ private:
         plan_.steps.erase(std::remove_if(plan_.steps.begin(), plan_.steps.end(), [](const Step &s) { return s.op == BNB_OP_NONE; }), plan_.steps.end());
     }
 
-    // A result lies as f16 when everything that reads it would round it to f16 anyway.
+    // A result lies as f16 when everything that reads it would round it to f16 or to 8 bits anyway.
     bool takes_half(const bnb_tensor *user, const bnb_tensor *t) const {
         switch (user->op) {
         case BNB_OP_LINEAR: return user->src[0] == t && user->src[1]->type != BNB_F32;
-        case BNB_OP_SET_ROWS: return user->src[1] == t && user->type == BNB_F16;
+        case BNB_OP_SET_ROWS: return user->src[1] == t && user->type != BNB_F32;
         case BNB_OP_ATTENTION: return user->src[0] == t;
         case BNB_OP_COLUMNS: return every_user_takes_half(user);
         default: return false;

@@ -626,6 +626,7 @@ bnb_quant bnb_quant_default(int32_t type) {
 /* Whether q describes tensors of this type. Plain types need no description. bitsandbytes itself can only make nested
  * statistics in blocks of 256, and its fused kernels refuse any other. */
 static int bnb__quant_valid(int32_t type, const bnb_quant *q) {
+    if (type == BNB_INT8_KV) return q && q->blocksize > 0;
     if (!bnb_type_is_quantized(type)) return bnb_type_name(type) != NULL;
     if (!q || !bnb__type_is_float(q->dtype)) return 0;
     if (type == BNB_INT8) return q->threshold >= 0 && q->threshold <= FLT_MAX && (q->outlier_rule | 1) == 1;
@@ -639,7 +640,8 @@ uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, c
     uint64_t n = 1, nb, bytes;
     int32_t empty = 0;
     if (!bnb__quant_valid(type, quant) || n_dims < 0 || n_dims > BNB_MAX_DIMS || (n_dims && !shape)) return UINT64_MAX;
-    if (type == BNB_INT8 && n_dims != 2) return UINT64_MAX;
+    if ((type == BNB_INT8 || type == BNB_INT8_KV) && n_dims != 2) return UINT64_MAX;
+    if (type == BNB_INT8_KV && shape[1] % quant->blocksize) return UINT64_MAX;
     for (int32_t i = 0; i < n_dims; i++) {
         if (shape[i] < 0) return UINT64_MAX;
         empty |= shape[i] == 0;
@@ -653,6 +655,7 @@ uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, c
     case BNB_INT8:
         if (shape[0] > INT64_MAX / 4) return UINT64_MAX;
         return plane == 0 ? n : plane == 1 ? (uint64_t)shape[0] * 4 : 0;
+    case BNB_INT8_KV: return plane == 0 ? n : plane == 1 ? n / (uint64_t)quant->blocksize * 4 : 0;
     case BNB_NF4:
     case BNB_FP4:
         nb = n / (uint64_t)quant->blocksize + (n % (uint64_t)quant->blocksize != 0);
@@ -982,6 +985,16 @@ static void bnb__dequant_span(const bnb__vec *vec, const bnb_tensor *t, int64_t 
 /* The same for reference kernels. */
 static void bnb__dequant_row(const bnb_tensor *t, int64_t first, int64_t n, float *dst) {
     bnb__dequant_span(bnb__vec_for(0), t, first, n, dst);
+}
+
+/* Block b of a row of an int8_kv cache; x [C]: the row. Where 127 / absmax would overflow, absmax counts as 0. */
+static void bnb__put_block(const bnb__vec *vec, const bnb_tensor *cache, int64_t row, int64_t b, const float *x) {
+    const int64_t B = cache->quant.blocksize;
+    const uint32_t top = vec->absmax(x + b * B, B);
+    const float absmax = top >= 0x7f800000 ? NAN : top < 0x03800000 ? 0.0f : bnb__float(top);
+    /* times 0, a NaN or an infinity is NaN, whose code is 0 */
+    vec->code8(x + b * B, B, absmax > 0 ? 127.0f / absmax : 0.0f, (int8_t *)cache->plane[0] + row * cache->shape[1] + b * B);
+    ((float *)cache->plane[1])[b * cache->shape[0] + row] = absmax;
 }
 
 /* Entries 128..255 of the signed dynamic map; entry 127 is 0 and the ones below mirror 254..128 with a minus. It is
@@ -1471,11 +1484,14 @@ static bnb_tensor *bnb__leaf(bnb_ctx *c, int32_t type, const bnb_quant *quant, i
     if (!bnb__quant_valid(type, &q))
         return BNB__CTX_FAIL(c, BNB_E_ARG, "tensor '%s': blocksize %d (double_quant %d, nested blocksize %d) is not offered for %s",
                              name, (int)q.blocksize, (int)q.double_quant, (int)q.nested_blocksize, bnb_type_name(type));
+    if ((type == BNB_INT8 || type == BNB_INT8_KV) && n_dims != 2)
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': %s needs 2 dimensions, not %d", name, bnb_type_name(type), (int)n_dims);
+    if (type == BNB_INT8_KV && shape[1] % q.blocksize)
+        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': %lld columns are not whole blocks of %d", name, (long long)shape[1],
+                             (int)q.blocksize);
     for (int32_t i = 0; i < BNB_MAX_PLANES; i++)
         if (bnb_plane_bytes(type, &q, n_dims, shape, i) > (uint64_t)INT64_MAX)
             return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': its dimensions are negative or overflow", name);
-    if (type == BNB_INT8 && n_dims != 2)
-        return BNB__CTX_FAIL(c, BNB_E_SHAPE, "tensor '%s': int8 needs 2 dimensions, not %d", name, (int)n_dims);
     bnb_tensor *t = bnb__tensor_alloc(c);
     if (!t) return NULL;
     t->type = type;
@@ -1494,7 +1510,7 @@ bnb_tensor *bnb_tensor_new(bnb_ctx *ctx, int32_t type, const bnb_quant *quant, i
 }
 
 bnb_tensor *bnb_input(bnb_ctx *ctx, int32_t type, int32_t n_dims, const int64_t *shape, const char *name) {
-    if (ctx && bnb_type_is_quantized(type))
+    if (ctx && (bnb_type_is_quantized(type) || type == BNB_INT8_KV))
         return BNB__CTX_FAIL(ctx, BNB_E_TYPE, "input '%s': inputs are plain, not %s", name ? name : "", bnb_type_name(type));
     return bnb__leaf(ctx, type, NULL, n_dims, shape, name, BNB_FLAG_INPUT);
 }
@@ -1738,13 +1754,18 @@ static const char *bnb__shape_pair(bnb_tensor *y) {
     return bnb__shape_same(y);
 }
 
+static int bnb__is_cache(const bnb_tensor *t) {
+    return (t->type == BNB_F32 || t->type == BNB_F16 || t->type == BNB_INT8_KV) && t->n_dims == 2;
+}
+
 static const char *bnb__shape_set_rows(bnb_tensor *y) {
     const bnb_tensor *cache = y->src[0], *x = y->src[1], *rows = y->src[2];
-    if ((cache->type != BNB_F32 && cache->type != BNB_F16) || cache->n_dims != 2) return "the cache must be f32 or f16 [R, C]";
+    if (!bnb__is_cache(cache)) return "the cache must be f32, f16 or int8_kv [R, C]";
     if (cache->op != BNB_OP_NONE || (cache->flags & BNB_FLAG_INPUT)) return "the cache must be a tensor made by bnb_tensor_new";
     if (!bnb__is_rows(x) || x->shape[1] != cache->shape[1]) return "x must be f32 [T, C] with the cache's C";
     if (rows->type != BNB_I32 || rows->n_dims != 1 || rows->shape[0] != x->shape[0]) return "rows must be i32 [T]";
     y->type = cache->type;
+    y->quant = cache->quant;
     y->n_dims = 2;
     memcpy(y->shape, cache->shape, sizeof y->shape);
     bnb__set_strides(y);
@@ -1756,9 +1777,11 @@ static const char *bnb__shape_attention(bnb_tensor *y) {
     int32_t heads = y->params.attention.n_head, kv = y->params.attention.n_head_kv;
     if (heads < 1 || kv < 1 || heads % kv) return "the number of heads must be a multiple of the number of key heads";
     if (!bnb__is_rows(q) || q->shape[1] % heads) return "q must be f32 [T, n_head * D]";
-    int64_t width = q->shape[1] / heads * kv;
-    if ((k->type != BNB_F32 && k->type != BNB_F16) || k->n_dims != 2 || k->shape[1] != width) return "k must be f32 or f16 [R, n_head_kv * D]";
+    int64_t D = q->shape[1] / heads, width = D * kv;
+    if (!bnb__is_cache(k) || k->shape[1] != width) return "k must be f32, f16 or int8_kv [R, n_head_kv * D]";
     if (v->type != k->type || v->n_dims != 2 || v->shape[0] != k->shape[0] || v->shape[1] != width) return "v must be like k";
+    if (k->type == BNB_INT8_KV && (k->quant.blocksize != D || v->quant.blocksize != D))
+        return "the blocksize of int8_kv must be D";
     if (span->type != BNB_I32 || span->n_dims != 2 || span->shape[0] != q->shape[0] || span->shape[1] != 2) return "span must be i32 [T, 2]";
     return bnb__result(y, q->shape[0], q->shape[1]);
 }
@@ -2038,9 +2061,11 @@ static float *bnb__row_out(const bnb_tensor *t, int64_t row) { return (float *)(
 #define BNB__UNROLL _Pragma("GCC unroll 32")
 #endif
 
+BNB__INLINE int64_t bnb__size_of(const int type) { return type == BNB_F32 ? 4 : type == BNB_INT8_KV ? 1 : 2; }
+
 /* The numbers of a linear: y [M, N] = x [M, K] w [N, K]^T + bias [N]. */
 typedef struct bnb__linear {
-    const char *x;     /* f32 [M, K] (attention: also f16), rows x_stride bytes apart */
+    const char *x;     /* f32 [M, K] (attention: also f16 and int8_kv), rows x_stride bytes apart */
     int64_t x_stride;
     int32_t x_type;
     const bnb_tensor *w, *bias;
@@ -2255,10 +2280,11 @@ static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of a til
     return w->quant.double_quant ? (uint64_t)(bnb__dot_rows(w) * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
 }
 
-/* f32, f16, bf16: sixteen weights (fewer: mask) from element i as f32. */
+/* f32, f16, bf16, codes of int8_kv: sixteen numbers (fewer: mask) from element i as f32. */
 BNB__INLINE BNB__AVX512 __m512 bnb__load_512(const int type, const void *p, int64_t i, __mmask16 mask)
 {
     if (type == BNB_F32) return _mm512_maskz_loadu_ps(mask, (const char *)p + 4 * i);
+    if (type == BNB_INT8_KV) return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(mask, (const char *)p + i)));
     __m256i h = _mm256_maskz_loadu_epi16(mask, (const char *)p + 2 * i);
     return type == BNB_F16 ? _mm512_cvtph_ps(h)
                            : _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16));
@@ -2522,7 +2548,9 @@ static BNB__AVX512 void bnb__pack_f32_512(const bnb__linear *l, int64_t m0, int6
                 const char *x = l->x + (m0 + i + q) * l->x_stride;
                 r[q] = _mm512_setzero_si512();
                 if (m0 + i + q < l->M)
-                    r[q] = _mm512_castps_si512(l->x_type == BNB_F32 ? bnb__load_512(BNB_F32, x, k, mask) : bnb__load_512(BNB_F16, x, k, mask));
+                    r[q] = _mm512_castps_si512(l->x_type == BNB_F32   ? bnb__load_512(BNB_F32, x, k, mask)
+                                               : l->x_type == BNB_F16 ? bnb__load_512(BNB_F16, x, k, mask)
+                                                                      : bnb__load_512(BNB_INT8_KV, x, k, mask));
             }
             bnb__transpose_512(r);
             BNB__UNROLL for (int q = 0; q < 16; q++) _mm512_store_si512(out + (k - g + q) * 32 + i, r[q]);
@@ -2563,6 +2591,7 @@ static BNB__BF16 void bnb__pack_bf16_512(const bnb__linear *l, int64_t m0, int64
 BNB__FILL_512(bnb__fill_f32_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F32))
 BNB__FILL_512(bnb__fill_f16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_F16))
 BNB__FILL_512(bnb__fill_bf16_f32_512, BNB__AVX512, 1, BNB__F32_OF(BNB_BF16))
+BNB__FILL_512(bnb__fill_int8_kv_512, BNB__AVX512, 1, BNB__F32_OF(BNB_INT8_KV))
 BNB__FILL_512(bnb__fill_f16_bf16_512, BNB__BF16, 2, BNB__BF16_OF(BNB_F16))
 BNB__FILL_512(bnb__fill_bf16_bf16_512, BNB__BF16, 2, _mm512_maskz_loadu_epi16((__mmask32)bnb__mask64(left), w + 2 * e))
 
@@ -2946,8 +2975,13 @@ BNB__INT8_GEMM_ROW(bnb__gemm_i8_amx)
 
 BNB__INLINE BNB__AVX2 __m256 bnb__load_256(const int type, const void *p, int64_t i, int64_t n) /* the first n of 8; zeros */
 {
-    const char *at = (const char *)p + i * (type == BNB_F32 ? 4 : 2);
+    const char *at = (const char *)p + i * bnb__size_of(type);
     if (type == BNB_F32) return bnb__load_f32_256((const float *)at, n);
+    if (type == BNB_INT8_KV) {
+        int64_t codes = 0;
+        memcpy(&codes, at, (size_t)(n >= 8 ? 8 : n > 0 ? n : 0));
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_cvtsi64_si128(codes)));
+    }
     uint16_t few[8] = {0};
     if (n < 8 && n > 0) memcpy(few, at, (size_t)n * 2);
     __m128i h = _mm_loadu_si128((const __m128i *)(n < 8 ? (const char *)few : at));
@@ -3126,16 +3160,19 @@ BNB__MICRO_256(bnb__micro_i16_256, BNB__MUL_I16_256)
                 BNB__UNROLL for (int q = 0; q < 8; q++) _mm256_store_si256((__m256i *)(out + (p - g + q) * 16 + i), r[q]); \
             }                                                                                                          \
     }
-BNB__PACK_256(bnb__pack_f32_256, _mm256_castps_si256(l->x_type == BNB_F32 ? bnb__load_256(BNB_F32, x, p, l->K - p) : bnb__load_256(BNB_F16, x, p, l->K - p)))
+BNB__PACK_256(bnb__pack_f32_256, _mm256_castps_si256(l->x_type == BNB_F32   ? bnb__load_256(BNB_F32, x, p, l->K - p)
+                                                     : l->x_type == BNB_F16 ? bnb__load_256(BNB_F16, x, p, l->K - p)
+                                                                            : bnb__load_256(BNB_INT8_KV, x, p, l->K - p)))
 BNB__PACK_256(bnb__pack_i16_256, _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(x + 2 * p))))
 
 static BNB__AVX2 void bnb__fill_f32_256(const bnb__linear *l, int64_t n, int64_t g, int64_t ng, uint32_t *out)
 {
     for (int64_t i = 0; i < ng; i += 8) {
         int64_t e = n * l->K + g + i, left = l->K - g - i;
-        _mm256_storeu_ps((float *)out + i, l->w->type == BNB_F32   ? bnb__load_256(BNB_F32, l->codes, e, left)
-                                           : l->w->type == BNB_F16 ? bnb__load_256(BNB_F16, l->codes, e, left)
-                                                                   : bnb__load_256(BNB_BF16, l->codes, e, left));
+        _mm256_storeu_ps((float *)out + i, l->w->type == BNB_F32    ? bnb__load_256(BNB_F32, l->codes, e, left)
+                                           : l->w->type == BNB_F16  ? bnb__load_256(BNB_F16, l->codes, e, left)
+                                           : l->w->type == BNB_BF16 ? bnb__load_256(BNB_BF16, l->codes, e, left)
+                                                                    : bnb__load_256(BNB_INT8_KV, l->codes, e, left));
     }
 }
 
@@ -3195,7 +3232,8 @@ BNB__GEMMS(BNB__X)
 
 /* ---- attention ------------------------------------------------------------------------------------------------------
  * Both kernels go through the rows of k and v in blocks and keep a running maximum and sum (online softmax), so scratch
- * does not grow with the context. Sums over rows are in the order of the rows, in blocks counted from the first row seen. */
+ * does not grow with the context. Sums over rows are in the order of the rows, in blocks counted from the first row seen.
+ * Codes of int8_kv are multiplied as they are: a row's scale goes to its score (k) and to its weight (v). */
 
 BNB__INLINE BNB__AVX2 __m256 bnb__exp_256(__m256 x) /* relative error 1e-7; 0 below -87.3, infinity above 88.7 */
 {
@@ -3259,8 +3297,18 @@ BNB__INLINE BNB__AVX2 float bnb__online_softmax(float *s, int64_t n, int64_t a, 
     return keep;
 }
 
+/* p [n], rows [a, b) of it times absmax / 127; 0 for others in the same vectors. absmax: of the row of p[0] and on. */
+BNB__INLINE BNB__AVX2 void bnb__times_scales(float *p, const float *absmax, int64_t a, int64_t b)
+{
+    for (int64_t j = a & ~(int64_t)7; j < b; j += 8) {
+        __m256 unit = _mm256_mul_ps(bnb__load_f32_256(absmax + j, b - j), _mm256_set1_ps(0x1.020408p-7f));
+        _mm256_storeu_ps(p + j, _mm256_and_ps(_mm256_mul_ps(_mm256_loadu_ps(p + j), unit), bnb__lanes_256(a - j, b - j)));
+    }
+}
+
 typedef struct bnb__attention {
     const char *q, *k, *v; /* q f32 [T, n_head * D], k and v [R, row], rows q_stride and kv_stride bytes apart */
+    const float *k_scale, *v_scale; /* int8_kv: [n_head_kv, R]; else NULL */
     const int32_t *span;   /* [T, 2] */
     float *y;              /* [T, n_head * D] */
     int64_t T, R, D, n_head, group, row, q_stride, kv_stride;
@@ -3271,7 +3319,9 @@ static bnb__attention bnb__attention_of(const bnb_tensor *y)
 {
     const bnb_tensor *q = y->src[0], *k = y->src[1], *v = y->src[2];
     int32_t n_head = y->params.attention.n_head, n_kv = y->params.attention.n_head_kv;
+    const int scaled = k->type == BNB_INT8_KV;
     return (bnb__attention){(const char *)q->plane[0], (const char *)k->plane[0], (const char *)v->plane[0],
+                            scaled ? (const float *)k->plane[1] : NULL, scaled ? (const float *)v->plane[1] : NULL,
                             (const int32_t *)y->src[3]->plane[0], (float *)y->plane[0], q->shape[0], k->shape[0],
                             q->shape[1] / n_head, n_head, n_head / n_kv, k->shape[1], q->stride[0], k->stride[0],
                             y->params.attention.scale};
@@ -3299,7 +3349,7 @@ BNB__INLINE BNB__AVX2 void bnb__attention_mix(const int type, const char *v, int
     BNB__UNROLL for (int i = 0; i < C; i++) a[i] = _mm256_mul_ps(_mm256_loadu_ps(acc + 8 * i), _mm256_set1_ps(keep));
     for (int64_t j = 0; j < n; j++, v += stride) {
         __m256 pj = _mm256_set1_ps(p[j]);
-        for (int64_t b = 0; b < C * (type == BNB_F32 ? 32 : 16); b += 64) _mm_prefetch(v + 16 * stride + b, _MM_HINT_T0);
+        for (int64_t b = 0; b < C * 8 * bnb__size_of(type); b += 64) _mm_prefetch(v + 16 * stride + b, _MM_HINT_T0);
         BNB__UNROLL for (int i = 0; i < C; i++) a[i] = _mm256_fmadd_ps(pj, bnb__load_256(type, v, 8 * i, 8), a[i]);
     }
     BNB__UNROLL for (int i = 0; i < C; i++) _mm256_storeu_ps(acc + 8 * i, a[i]);
@@ -3311,14 +3361,14 @@ enum { BNB__ATTENTION_BLOCK = 128 }; /* rows of k and v at a time */
 BNB__INLINE BNB__AVX2 void bnb__attention_row(const bnb__attention *a, const int type, int64_t t, int64_t h)
 {
     float s[BNB__ATTENTION_BLOCK], max = -__builtin_inff(), sum = 0;
-    int64_t D = a->D, s0, s1, size = type == BNB_F32 ? 4 : 2;
+    int64_t D = a->D, s0, s1, size = bnb__size_of(type), kv = h / a->group;
     const float *q = (const float *)(a->q + t * a->q_stride) + h * D;
     float *y = a->y + (t * a->n_head + h) * D;
     bnb__attention_span(a, t, &s0, &s1);
     memset(y, 0, (size_t)D * 4);
     for (int64_t r = s0; r < s1; r += BNB__ATTENTION_BLOCK) {
         int64_t n = s1 - r < BNB__ATTENTION_BLOCK ? s1 - r : BNB__ATTENTION_BLOCK, d;
-        const char *k = a->k + r * a->kv_stride + h / a->group * D * size, *v = a->v + (k - a->k);
+        const char *k = a->k + r * a->kv_stride + kv * D * size, *v = a->v + (k - a->k);
         for (int64_t j = 0; j < n; j += 8) {
             __m256 acc[8];
             const char *row[8]; /* beyond the end: the last row again */
@@ -3331,7 +3381,9 @@ BNB__INLINE BNB__AVX2 void bnb__attention_row(const bnb__attention *a, const int
             for (int i = 0; i < 8; i++)
                 for (int64_t b = 0; b < D * size; b += 64) _mm_prefetch(row[i] + 16 * a->kv_stride + b, _MM_HINT_T0);
         }
+        if (type == BNB_INT8_KV) bnb__times_scales(s, a->k_scale + kv * a->R + r, 0, n);
         float keep = bnb__online_softmax(s, (n + 7) & ~(int64_t)7, 0, n, &max, &sum);
+        if (type == BNB_INT8_KV) bnb__times_scales(s, a->v_scale + kv * a->R + r, 0, n);
         for (d = 0; d + 64 <= D; d += 64) bnb__attention_mix(type, v + d * size, a->kv_stride, s, n, keep, y + d, 8);
         for (; d < D; d += 8) bnb__attention_mix(type, v + d * size, a->kv_stride, s, n, keep, y + d, 1);
     }
@@ -3342,8 +3394,12 @@ static BNB__AVX2 void bnb__attention_decode(const bnb__job *job, int32_t phase, 
 {
     bnb__attention a = bnb__attention_of(job->y);
     (void)phase;
-    if (job->y->src[1]->type == BNB_F32) bnb__attention_row(&a, BNB_F32, tile / a.n_head, tile % a.n_head);
-    else bnb__attention_row(&a, BNB_F16, tile / a.n_head, tile % a.n_head);
+    int64_t t = tile / a.n_head, h = tile % a.n_head;
+    switch (job->y->src[1]->type) {
+    case BNB_F32: bnb__attention_row(&a, BNB_F32, t, h); break;
+    case BNB_F16: bnb__attention_row(&a, BNB_F16, t, h); break;
+    default: bnb__attention_row(&a, BNB_INT8_KV, t, h); break;
+    }
 }
 
 static int64_t bnb__attention_decode_tiles(const bnb_tensor *y, int32_t phase)
@@ -3390,7 +3446,9 @@ static BNB__AVX2 void bnb__attention_prompt(const bnb__gemm *g, const bnb__job *
     bnb__attention_local s = bnb__attention_local_of(g, D, job->local);
     const bnb_tensor *k = job->y->src[1], *v = job->y->src[2];
     int64_t kv = h / a.group * D;
-    bnb__linear lk = {a.k + kv * (k->type == BNB_F32 ? 4 : 2), a.kv_stride, k->type, NULL, NULL, NULL, NULL, 0, 0, D};
+    const float *k_scale = a.k_scale ? a.k_scale + h / a.group * a.R : NULL;
+    const float *v_scale = a.v_scale ? a.v_scale + h / a.group * a.R : NULL;
+    bnb__linear lk = {a.k + kv * bnb__size_of(k->type), a.kv_stride, k->type, NULL, NULL, NULL, NULL, 0, 0, D};
     bnb__linear lv = {NULL, 0, 0, v, NULL, (const uint8_t *)a.v, NULL, 0, 0, a.row};
     memset(s.q, 0, (size_t)(nt * BNB__GEMM_LD) * 4);
     memset(s.p, 0, (size_t)(nt * BNB__GEMM_LD) * 4);
@@ -3413,8 +3471,11 @@ static BNB__AVX2 void bnb__attention_prompt(const bnb__gemm *g, const bnb__job *
             for (int64_t j = 0; j < padded; j += 8) _mm256_storeu_ps(p + j, _mm256_loadu_ps(s.s + j / mr * mr * nt + i * mr + j % mr));
             bnb__attention_span(&a, t0 + i, &s0, &s1);
             s0 = s0 > r ? s0 - r : 0, s1 = s1 < r + rows ? s1 - r : rows;
-            if (s0 < s1) keep = bnb__online_softmax(p, padded, s0, s1, &s.max[i], &s.sum[i]);
-            else memset(p, 0, (size_t)padded * 4);
+            if (s0 < s1) {
+                if (k_scale) bnb__times_scales(p, k_scale + r, s0, s1);
+                keep = bnb__online_softmax(p, padded, s0, s1, &s.max[i], &s.sum[i]);
+                if (v_scale) bnb__times_scales(p, v_scale + r, s0, s1);
+            } else memset(p, 0, (size_t)padded * 4);
             for (int64_t d = 0; d < D; d += mr)
                 for (int64_t j = 0; j < mr && r > lo; j += 8) {
                     float *y = s.y + d * nt + i * mr + j;
@@ -3447,6 +3508,8 @@ static int64_t bnb__attention_prompt_tiles(const bnb_tensor *y, int32_t phase)
     static void name##_run(const bnb__job *job, int32_t phase, int64_t tile) { (void)phase; bnb__attention_prompt(&gemm, job, tile); }
 BNB__ATTENTION_ROW(bnb__attention_f32_512, bnb__gemm_f32_512)
 BNB__ATTENTION_ROW(bnb__attention_f16_512, bnb__gemm_f16_512)
+static const bnb__gemm bnb__gemm_int8_kv_512 = {32, 48, 1, bnb__pack_f32_512, bnb__fill_int8_kv_512, bnb__micro_f32_512, NULL, NULL, NULL};
+BNB__ATTENTION_ROW(bnb__attention_int8_kv_512, bnb__gemm_int8_kv_512)
 BNB__ATTENTION_ROW(bnb__attention_256, bnb__gemm_f32_256)
 
 /* ---- row by row: norms, activations, sums. AVX2 is enough: these take a hundredth of the time of the products ---- */
@@ -3595,7 +3658,7 @@ static BNB__AVX2 void bnb__softmax_256(const bnb__job *job, int32_t phase, int64
 
 static int64_t bnb__row_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return y->shape[0]; }
 
-/* cache[rows[t]] = x[t]. A tile is some columns of every row, so that of two equal row ids the later wins. */
+/* cache[rows[t]] = x[t]. A tile is some columns (int8_kv: a block) of every row, so that of two equal row ids the later wins. */
 static BNB__AVX2 void bnb__set_rows_256(const bnb__job *job, int32_t phase, int64_t tile)
 {
     const bnb_tensor *cache = job->y->src[0], *x = job->y->src[1];
@@ -3605,6 +3668,10 @@ static BNB__AVX2 void bnb__set_rows_256(const bnb__job *job, int32_t phase, int6
     for (int64_t t = 0; t < x->shape[0]; t++) {
         const float *xs = (const float *)((const char *)x->plane[0] + t * x->stride[0]);
         if (rows[t] < 0 || rows[t] >= cache->shape[0]) continue;
+        if (cache->type == BNB_INT8_KV) {
+            bnb__put_block(bnb__vec_for(BNB_CPU_FAST | BNB_CPU_AVX2), cache, rows[t], tile, xs);
+            continue;
+        }
         char *to = (char *)cache->plane[0] + rows[t] * cache->stride[0];
         if (cache->type == BNB_F32) { memcpy(to + c0 * 4, xs + c0, (size_t)(c1 - c0) * 4); continue; }
         for (int64_t i = c0; i < c1; i += 8) {
@@ -3615,7 +3682,12 @@ static BNB__AVX2 void bnb__set_rows_256(const bnb__job *job, int32_t phase, int6
     }
 }
 
-static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase) { (void)phase; return (y->src[1]->shape[1] + 511) / 512; }
+static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase)
+{
+    int64_t columns = y->type == BNB_INT8_KV ? y->quant.blocksize : 512;
+    (void)phase;
+    return (y->shape[1] + columns - 1) / columns;
+}
 
 #define BNB__ROW_DOT4(name, type) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, bnb__dot4_512}
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
@@ -3660,10 +3732,13 @@ static const bnb__kernel bnb__fast_kernels[] = {
 #define BNB__ROW_OP(name, op, type, m0, m1, cpu, fits, tiles, local, run) {name, op, type, -1, m0, m1, cpu, fits, 1, tiles, NULL, local, run}
     BNB__ROW_OP("attention_f16_decode_avx2", BNB_OP_ATTENTION, BNB_F16, 0, 11, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_decode_tiles, NULL, bnb__attention_decode),
     BNB__ROW_OP("attention_f32_decode_avx2", BNB_OP_ATTENTION, BNB_F32, 0, 11, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_decode_tiles, NULL, bnb__attention_decode),
+    BNB__ROW_OP("attention_int8_kv_decode_avx2", BNB_OP_ATTENTION, BNB_INT8_KV, 0, 11, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_decode_tiles, NULL, bnb__attention_decode),
     BNB__ROW_OP("attention_f16_avx512", BNB_OP_ATTENTION, BNB_F16, 12, INT64_MAX, BNB_CPU_AVX512, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_f16_512_local, bnb__attention_f16_512_run),
     BNB__ROW_OP("attention_f32_avx512", BNB_OP_ATTENTION, BNB_F32, 12, INT64_MAX, BNB_CPU_AVX512, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_f32_512_local, bnb__attention_f32_512_run),
+    BNB__ROW_OP("attention_int8_kv_avx512", BNB_OP_ATTENTION, BNB_INT8_KV, 12, INT64_MAX, BNB_CPU_AVX512, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_int8_kv_512_local, bnb__attention_int8_kv_512_run),
     BNB__ROW_OP("attention_f16_avx2", BNB_OP_ATTENTION, BNB_F16, 12, INT64_MAX, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_256_local, bnb__attention_256_run),
     BNB__ROW_OP("attention_f32_avx2", BNB_OP_ATTENTION, BNB_F32, 12, INT64_MAX, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_256_local, bnb__attention_256_run),
+    BNB__ROW_OP("attention_int8_kv_avx2", BNB_OP_ATTENTION, BNB_INT8_KV, 12, INT64_MAX, BNB_CPU_AVX2, bnb__attention_fits, bnb__attention_prompt_tiles, bnb__attention_256_local, bnb__attention_256_run),
     BNB__ROW_OP("layer_norm_avx2", BNB_OP_LAYER_NORM, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__norm_256),
     BNB__ROW_OP("rms_norm_avx2", BNB_OP_RMS_NORM, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__norm_256),
     BNB__ROW_OP("softmax_avx2", BNB_OP_SOFTMAX, -1, 0, INT64_MAX, BNB_CPU_AVX2, NULL, bnb__row_tiles, NULL, bnb__softmax_256),
@@ -3936,7 +4011,11 @@ static void bnb__set_rows_ref(const bnb__job *j, int32_t phase, int64_t t) {
     const bnb_tensor *cache = j->y->src[0], *x = j->y->src[1];
     int64_t row = ((const int32_t *)j->y->src[2]->plane[0])[t]; /* in range: bnb__check_indices */
     (void)phase;
-    bnb_convert(BNB_F32, bnb__row(x, t), cache->type, (char *)cache->plane[0] + row * cache->stride[0], x->shape[1], NULL);
+    if (cache->type != BNB_INT8_KV)
+        bnb_convert(BNB_F32, bnb__row(x, t), cache->type, (char *)cache->plane[0] + row * cache->stride[0], x->shape[1], NULL);
+    else
+        for (int64_t b = 0; b < x->shape[1] / cache->quant.blocksize; b++)
+            bnb__put_block(bnb__vec_for(0), cache, row, b, bnb__row(x, t));
 }
 
 /* Tile: one head of one row. local: scores f32 [R] | one key or value f32 [D] */
@@ -3948,17 +4027,24 @@ static uint64_t bnb__attention_ref_local(const bnb_tensor *y) {
     return (uint64_t)(y->src[1]->shape[0] + y->shape[1] / y->params.attention.n_head) * sizeof(float);
 }
 
+/* Key or value of one head in row r: dst [D] */
+static void bnb__load_head(const bnb_tensor *cache, int64_t r, int64_t head, int64_t D, float *dst) {
+    const char *row = (const char *)cache->plane[0] + r * cache->stride[0];
+    if (cache->type != BNB_INT8_KV) bnb__load_f32(cache->type, row, head * D, D, dst);
+    else bnb__value8_plain((const int8_t *)row + head * D, D, ((const float *)cache->plane[1])[head * cache->shape[0] + r], dst);
+}
+
 static void bnb__attention_ref(const bnb__job *j, int32_t phase, int64_t tile) {
     const bnb_tensor *y = j->y, *k = y->src[1], *v = y->src[2];
     int64_t heads = y->params.attention.n_head, D = y->shape[1] / heads, t = tile / heads, h = tile % heads;
-    int64_t kv = h / (heads / y->params.attention.n_head_kv), size = bnb_type_bits(k->type) / 8;
+    int64_t kv = h / (heads / y->params.attention.n_head_kv);
     const int32_t *span = (const int32_t *)y->src[3]->plane[0] + 2 * t; /* in range: bnb__check_indices */
     const float *q = bnb__row(y->src[0], t) + h * D;
     float *out = bnb__row_out(y, t) + h * D, *scores = j->local, *row = scores + k->shape[0];
     int64_t n = span[1] - span[0];
     (void)phase;
     for (int64_t r = 0; r < n; r++) {
-        bnb__load_f32(k->type, (const char *)k->plane[0] + (span[0] + r) * k->stride[0] + kv * D * size, 0, D, row);
+        bnb__load_head(k, span[0] + r, kv, D, row);
         double dot = 0;
         for (int64_t d = 0; d < D; d++) dot += (double)q[d] * row[d];
         scores[r] = (float)dot * y->params.attention.scale;
@@ -3966,7 +4052,7 @@ static void bnb__attention_ref(const bnb__job *j, int32_t phase, int64_t tile) {
     double sum = bnb__exp_row(scores, scores, n);
     for (int64_t d = 0; d < D; d++) out[d] = 0;
     for (int64_t r = 0; r < n; r++) {
-        bnb__load_f32(v->type, (const char *)v->plane[0] + (span[0] + r) * v->stride[0] + kv * D * size, 0, D, row);
+        bnb__load_head(v, span[0] + r, kv, D, row);
         float p = (float)(scores[r] / sum);
         for (int64_t d = 0; d < D; d++) out[d] += p * row[d];
     }
@@ -4465,6 +4551,7 @@ static bnb_status bnb__plan_resolve(bnb_plan *p, bnb_error *err) {
         bnb_tensor *t = g->nodes[i];
         if (!t->view) continue;
         t->plane[0] = (char *)t->view->plane[0] + t->view_offset;
+        t->plane[1] = t->view->plane[1]; /* of a cache after writing: the scales of int8_kv */
         t->backend = t->view->backend;
         t->state = BNB_RESIDENT;
     }

@@ -128,19 +128,20 @@ void bnb_parallel(bnb_env *env, int64_t n, void (*fn)(void *arg, int64_t i), voi
     X(5, U8, "u8", 8)       \
     X(8, INT8, "int8", 8)   /* LLM.int8(): rows of int8 with SCB (the row's largest magnitude); run-time outliers   */ \
     X(9, NF4, "nf4", 4)     /* blocks of 4-bit NormalFloat codes with absmax                                        */ \
-    X(10, FP4, "fp4", 4)    /* blocks of 4-bit float codes with absmax                                              */
+    X(10, FP4, "fp4", 4)    /* blocks of 4-bit float codes with absmax                                              */ \
+    X(11, INT8_KV, "int8_kv", 8) /* a cache, no weight: rows of int8 with a scale for each block (head) of a row    */
 
 enum {
 #define BNB_TYPE_ENUM(id, symbol, name, bits) BNB_##symbol = id,
     BNB_TYPES(BNB_TYPE_ENUM)
 #undef BNB_TYPE_ENUM
-    BNB_TYPE_COUNT = 11
+    BNB_TYPE_COUNT = 12
 };
 
 const char *bnb_type_name(int32_t type);      /* "nf4"; NULL for an unknown id */
 int32_t bnb_type_bits(int32_t type);          /* 4; 0 for an unknown id */
 int32_t bnb_type_from_name(const char *name); /* -1: no such type */
-int32_t bnb_type_is_quantized(int32_t type);  /* int8, nf4, fp4 */
+int32_t bnb_type_is_quantized(int32_t type);  /* a type of quantized weights: int8, nf4, fp4 */
 
 /* Converts n numbers between f32, f16 and bf16 (round to nearest even, overflow to infinity). Unaligned src is fine. */
 bnb_status bnb_convert(int32_t src_type, const void *src, int32_t dst_type, void *dst, int64_t n, bnb_error *err);
@@ -149,7 +150,8 @@ enum { BNB_MAX_DIMS = 4, BNB_MAX_SRC = 6, BNB_MAX_PLANES = 4, BNB_MAX_NAME = 96 
 
 /* How a quantized tensor was made. bnb_quant_default() gives bitsandbytes' defaults. */
 typedef struct bnb_quant {
-    int32_t blocksize;        /* nf4, fp4: elements that share an absmax: 32 64 128 256 512 1024 2048 4096           */
+    int32_t blocksize;        /* nf4, fp4: elements that share an absmax: 32 64 128 256 512 1024 2048 4096;
+                                 int8_kv: columns that share a scale, those of a head: any divisor of a row          */
     int32_t double_quant;     /* nf4, fp4: 1 = absmax is stored in 8 bits, in blocks of nested_blocksize             */
     int32_t nested_blocksize; /* 256                                                                                 */
     float nested_offset;      /* mean of the absmax, taken off before they were quantized                            */
@@ -170,6 +172,7 @@ bnb_quant bnb_quant_default(int32_t type);
  *   int8 [N, K]   0: codes i8 [N, K]         1: SCB f32 [N]
  *   nf4, fp4      0: codes u8 [(n+1)/2]      1: absmax f32 [nb], or u8 [nb] with double_quant
  *                 2: nested_absmax f32 [ceil(nb / nested_blocksize)]      3: nested_quant_map f32 [256]
+ *   int8_kv [R, C]  0: codes i8 [R, C]     1: absmax f32 [C / blocksize, R]: the rows of one head side by side
  * Element 2i stands in the high nibble of codes[i]; blocks run over the flattened tensor and ignore rows. */
 uint64_t bnb_plane_bytes(int32_t type, const bnb_quant *quant, int32_t n_dims, const int64_t *shape, int32_t plane);
 extern const float bnb_nf4_map[16]; /* code -> value */
@@ -297,11 +300,12 @@ bnb_tensor *bnb_gelu_tanh(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_relu(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_silu(bnb_ctx *ctx, bnb_tensor *x);
 bnb_tensor *bnb_softmax(bnb_ctx *ctx, bnb_tensor *x); /* over each row */
-/* cache: f32 or f16 [R, C], RESIDENT memory that outlives the plan; x: f32 [T, C]; rows: i32 [T], each in [0, R)
- * and none twice.
+/* cache: f32, f16 or int8_kv [R, C], RESIDENT memory that outlives the plan; x: f32 [T, C]; rows: i32 [T], each in [0, R)
+ * and none twice. int8_kv: code = rint(x * (127 / absmax)), value = code * absmax / 127, absmax that of the row's block; below
+ * 2^-120 it is stored as 0, and as NaN if the block has a NaN or an infinity, so that all of the block reads as NaN.
  * Returns the cache as it is after the writes: use this handle to read it in the same graph. */
 bnb_tensor *bnb_set_rows(bnb_ctx *ctx, bnb_tensor *cache, bnb_tensor *x, bnb_tensor *rows);
-/* Attention over cached keys and values. q: f32 [T, n_head * D]; k, v: f32 or f16 [R, n_head_kv * D];
+/* Attention over cached keys and values. q: f32 [T, n_head * D]; k, v: f32, f16 or int8_kv (blocksize D) [R, n_head_kv * D];
  * span: i32 [T, 2]: row t sees the cache rows span[t][0] <= r < span[t][1] (causality, windows and batches are data,
  * not topology). y[t, h] = softmax(scale * q[t, h] . k[r, h']) v[r, h'], h' = h / (n_head / n_head_kv). -> f32 [T, n_head * D];
  * an empty span gives zeros. */

@@ -540,7 +540,7 @@ private:
 };
 
 struct ModelOptions {
-    std::string path, device = "auto", device_map = "auto", compute = "auto", kv_type = "auto", outlier_rule;
+    std::string path, device = "auto", device_map = "auto", compute = "auto", cache_type = "auto", outlier_rule;
     int64_t n_batch = 0;
     bool no_mmap = false, mlock = false;
 
@@ -554,8 +554,8 @@ struct ModelOptions {
             {"--device-map", "SPEC", &device_map, "where layers go: auto or cpu; other maps are not offered yet"},
             {"--compute-dtype", "auto|f32|bf16|f16", &compute,
              "what linear layers compute in; auto: what is fastest at full accuracy here"},
-            {"-ctk, --kv-type", "auto|f16|f32", &kv_type,
-             "type of the KV cache; auto: f32 if the weights are f32, else f16"},
+            {"-ctk, --cache-type, --kv-type", "auto|f16|f32|int8", &cache_type,
+             "type of the KV cache; auto: f32 if the weights are f32, else f16; int8: half of f16's size"},
             {"--outlier-rule", "column|row", &outlier_rule,
              "int8: an outlier takes its column out for all rows, or only for its own (default: what the model says)"},
             {"-ub, --ubatch-size", "N", &n_batch, "prompt tokens evaluated at once; 0: 512, on a GPU 2048", 0, 1 << 20},
@@ -574,7 +574,7 @@ struct ModelOptions {
         p.mlock = mlock;
         p.device = device_map == "cpu" ? "cpu" : device.c_str();
         if (compute != "auto") p.compute_dtype = bnb_type_from_name(compute.c_str());
-        if (kv_type != "auto") p.kv_type = bnb_type_from_name(kv_type.c_str());
+        if (cache_type != "auto") p.kv_type = cache_type == "int8" ? BNB_INT8_KV : bnb_type_from_name(cache_type.c_str());
         if (given(&quant.threshold)) p.threshold = quant.threshold;
         if (!outlier_rule.empty()) p.outlier_rule = outlier_rule == "row" ? BNB_OUTLIER_ROW : BNB_OUTLIER_COLUMN;
         return p;

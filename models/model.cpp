@@ -318,11 +318,13 @@ bool caches_create(const bnb_model &m, int64_t n_ctx, Caches *out, bnb_error *er
     const Config &c = m.source.config;
     out->ctx.reset(bnb_ctx_create(m.env, err));
     if (!out->ctx) return false;
-    const int64_t shape[] = {n_ctx, c.n_embd / c.n_head * c.n_head_kv};
+    const int64_t D = c.n_embd / c.n_head, shape[] = {n_ctx, D * c.n_head_kv};
+    bnb_quant quant = bnb_quant_default(m.params.kv_type);
+    quant.blocksize = static_cast<int32_t>(D); // int8_kv: a scale for each head
     for (int64_t i = 0; i < c.n_layer; i++)
         for (auto *list : {&out->k, &out->v}) {
             std::string name = (list == &out->k ? "k_cache." : "v_cache.") + std::to_string(i);
-            list->push_back(bnb_tensor_new(out->ctx.get(), m.params.kv_type, nullptr, 2, shape, name.c_str()));
+            list->push_back(bnb_tensor_new(out->ctx.get(), m.params.kv_type, &quant, 2, shape, name.c_str()));
         }
     return bnb_ctx_status(out->ctx.get(), err) == BNB_OK;
 }
@@ -414,8 +416,8 @@ bnb_model *model_create(bnb_env *env, ModelSource source, const bnb_model_params
     override_int8(*m);
     bnb_model_params &p = m->params;
     if (p.kv_type < 0) p.kv_type = m->info.linear_type == BNB_F32 ? BNB_F32 : BNB_F16;
-    if (p.kv_type != BNB_F16 && p.kv_type != BNB_F32) {
-        bnb_fail(err, BNB_E_TYPE, "the KV cache can be f16 or f32, not type %d", static_cast<int>(p.kv_type));
+    if (p.kv_type != BNB_F16 && p.kv_type != BNB_F32 && p.kv_type != BNB_INT8_KV) {
+        bnb_fail(err, BNB_E_TYPE, "the KV cache can be f16, f32 or int8_kv, not type %d", static_cast<int>(p.kv_type));
         return nullptr;
     }
     m->backend = bnb_backend_open(env, p.device ? p.device : "auto", err);

@@ -27,7 +27,7 @@ typedef struct bnb_model_params {
     int32_t no_mmap;       /* 1: read the file into memory instead of mapping it                                     */
     int32_t mlock;         /* 1: keep the pages in memory                                                            */
     int32_t compute_dtype; /* BNB_COMPUTE_AUTO, BNB_F32; BNB_BF16 on a CPU, BNB_F16 on a GPU                         */
-    int32_t kv_type;       /* BNB_F16, BNB_F32; -1: f32 if the weights are f32, else f16                             */
+    int32_t kv_type;       /* of the KV cache: BNB_F16, BNB_F32, BNB_INT8_KV; -1: f32 if the weights are f32, else f16 */
     int32_t n_batch;       /* prompt tokens evaluated at once; 0: 512, on a GPU 2048                                 */
     float threshold;       /* int8 outlier threshold; negative: the file's                                           */
     int32_t outlier_rule;  /* BNB_OUTLIER_*; -1: the file's                                                          */

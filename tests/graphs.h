@@ -18,7 +18,7 @@ struct Block {
     bnb_tensor *ids, *x, *k_cache;
 };
 
-inline Block build_block(Net &net, int32_t type, int64_t T, int64_t past = 3) {
+inline Block build_block(Net &net, int32_t type, int64_t T, int64_t past = 3, int32_t cache_type = BNB_F16) {
     const int64_t C = 64, F = 96, V = 50, R = past + T + 2;
     Rng rng(static_cast<uint64_t>(type + 1));
     bnb_ctx *c = net.ctx;
@@ -39,8 +39,9 @@ inline Block build_block(Net &net, int32_t type, int64_t T, int64_t past = 3) {
     Block b;
     b.ids = net.ids({T}, ids);
     bnb_tensor *row_list = net.ids({T}, rows, "rows"), *spans = net.ids({T, 2}, span, "span");
-    b.k_cache = net.weight(BNB_F16, {R, C}, rng.normals(R * C), nullptr, "k_cache");
-    bnb_tensor *v_cache = net.weight(BNB_F16, {R, C}, rng.normals(R * C), nullptr, "v_cache");
+    const bnb_quant heads = blocks_of(C / 4);
+    b.k_cache = net.weight(cache_type, {R, C}, rng.normals(R * C), &heads, "k_cache");
+    bnb_tensor *v_cache = net.weight(cache_type, {R, C}, rng.normals(R * C), &heads, "v_cache");
 
     b.x = bnb_embed(c, net.weight(BNB_F16, {V, C}, rng.normals(V * C), nullptr, "table"), b.ids);
     bnb_tensor *qkv = linear(bnb_layer_norm(c, b.x, vec("ln.w"), vec("ln.b"), 1e-5f), 3 * C, C, "qkv");

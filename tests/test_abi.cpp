@@ -35,7 +35,8 @@ TEST_CASE("abi: ids, names and bits never change") {
         bool quantized;
     };
     const std::vector<Type> types = {{0, "f32", 32, false}, {1, "f16", 16, false}, {2, "bf16", 16, false}, {3, "i32", 32, false}, {4, "i8", 8, false},
-                                     {5, "u8", 8, false},   {8, "int8", 8, true},  {9, "nf4", 4, true},     {10, "fp4", 4, true}};
+                                     {5, "u8", 8, false},   {8, "int8", 8, true},  {9, "nf4", 4, true},     {10, "fp4", 4, true},
+                                     {11, "int8_kv", 8, false}};
     int known = 0;
     for (int32_t id = -3; id < 300; id++) known += bnb_type_name(id) != nullptr;
     CHECK(known == static_cast<int>(types.size())); // a new type is a new line here
@@ -47,7 +48,7 @@ TEST_CASE("abi: ids, names and bits never change") {
         CHECK(bnb_type_from_name(t.name) == t.id);
         CHECK((bnb_type_is_quantized(t.id) != 0) == t.quantized);
     }
-    for (int32_t id : {-1, 6, 7, 11, 1000, INT32_MAX, INT32_MIN}) {
+    for (int32_t id : {-1, 6, 7, 12, 1000, INT32_MAX, INT32_MIN}) {
         CHECK(bnb_type_name(id) == nullptr);
         CHECK(bnb_type_bits(id) == 0);
         CHECK(bnb_type_is_quantized(id) == 0);

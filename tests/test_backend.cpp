@@ -37,13 +37,17 @@ std::vector<Device> devices(Env &env) {
 
 using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
 
-// Runs what build makes on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
+// Runs what build makes, nodes to compute and caches that they write, on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
 // computed in f32 and in f16.
 void compare(const Build &build, double f32, double f16, const std::string &what) {
     Env plain(1, BNB_CPU_FAST), env(2);
     Net reference(plain);
     std::vector<bnb_tensor *> expected = build(reference);
-    reference.prepare(expected);
+    auto nodes = [](std::vector<bnb_tensor *> list) {
+        list.erase(std::remove_if(list.begin(), list.end(), [](const bnb_tensor *t) { return t->op == BNB_OP_NONE; }), list.end());
+        return list;
+    };
+    reference.prepare(nodes(expected));
     reference.again();
     for (Device &d : devices(env))
         for (int32_t compute : {BNB_F32, BNB_F16}) {
@@ -51,7 +55,7 @@ void compare(const Build &build, double f32, double f16, const std::string &what
             Net net(env, d.backend.get());
             net.params.compute_dtype = compute;
             std::vector<bnb_tensor *> outputs = build(net);
-            net.prepare(outputs);
+            net.prepare(nodes(outputs));
             for (int run = 0; run < 2; run++) { // a plan can be run again: the second time a GPU replays its graph
                 net.again();
                 for (size_t i = 0; i < outputs.size(); i++) {
@@ -119,18 +123,19 @@ TEST_SUITE("backend") {
     }
 
     TEST_CASE("backend: attention, many spans and heads") {
-        for (uint64_t seed = 0; seed < 30; seed++) {
+        for (uint64_t seed = 0; seed < 60; seed++) {
             auto build = [&](Net &net) {
                 Rng rng(seed);
-                const int64_t Ds[] = {64, 128, 16, 80, 96, 40}, D = Ds[seed % 6], kv = rng.range(1, 3), heads = kv * rng.range(1, 3);
+                const int64_t Ds[] = {64, 128, 16, 80, 96, 40, 256, 21}, D = Ds[seed / 3 % 8], kv = rng.range(1, 3), heads = kv * rng.range(1, 3);
                 const int64_t T = seed % 3 == 0 ? 1 : rng.range(2, 90), R = rng.range(1, 400);
                 std::vector<int32_t> span;
                 for (int64_t t = 0; t < T; t++) {
                     int32_t a = static_cast<int32_t>(rng.chance(0.6) ? 0 : rng.range(0, R)), b = static_cast<int32_t>(rng.range(a, R));
                     span.insert(span.end(), {a, b});
                 }
-                const int32_t type = seed % 2 ? BNB_F16 : BNB_F32;
-                bnb_tensor *k = net.weight(type, {R, kv * D}, rng.normals(R * kv * D)), *v = net.weight(type, {R, kv * D}, rng.normals(R * kv * D));
+                const int32_t type = std::vector<int32_t>{BNB_F16, BNB_F32, BNB_INT8_KV, BNB_INT8_KV}[seed % 4];
+                const bnb_quant q = blocks_of(D);
+                bnb_tensor *k = net.weight(type, {R, kv * D}, rng.normals(R * kv * D), &q), *v = net.weight(type, {R, kv * D}, rng.normals(R * kv * D), &q);
                 return std::vector<bnb_tensor *>{bnb_attention(net.ctx, net.input({T, heads * D}, rng.normals(T * heads * D)), k, v, net.ids({T, 2}, span),
                                                                static_cast<int32_t>(heads), static_cast<int32_t>(kv), 1 / std::sqrt(static_cast<float>(D)))};
             };
@@ -138,10 +143,40 @@ TEST_SUITE("backend") {
         }
     }
 
+    TEST_CASE("backend: rows go to int8 caches, and are read from there") {
+        for (uint64_t seed = 0; seed < 40; seed++) {
+            auto build = [&](Net &net) {
+                Rng rng(seed);
+                const int64_t Ds[] = {64, 128, 80, 256, 21, 8}, D = Ds[seed / 2 % 6], kv = rng.range(1, 3), heads = kv * rng.range(1, 4), C = kv * D;
+                const int64_t T = seed % 2 ? rng.range(2, 40) : 1, R = T + rng.range(0, 300); // one row is written by a GPU's attention itself
+                const bnb_quant q = blocks_of(D);
+                std::vector<int32_t> rows, span;
+                const int64_t first = rng.range(0, R - T);
+                for (int64_t t = 0; t < T; t++) {
+                    rows.push_back(static_cast<int32_t>(first + t));
+                    span.insert(span.end(), {0, static_cast<int32_t>(rng.chance(0.9) ? first + t + 1 : rng.range(0, R))});
+                }
+                bnb_tensor *list = net.ids({T}, rows, "rows"), *caches[2], *written[2];
+                for (int i = 0; i < 2; i++) { // few digits: f16 has them, so that all devices code the same numbers
+                    Floats x;
+                    for (int64_t e = 0; e < T * C; e++) x.push_back(static_cast<float>(static_cast<double>(rng.range(-200, 200)) / 64));
+                    caches[i] = net.weight(BNB_INT8_KV, {R, C}, rng.normals(R * C), &q, i ? "v" : "k");
+                    written[i] = bnb_set_rows(net.ctx, caches[i], bnb_scale(net.ctx, net.input({T, C}, x), 0.5f), list);
+                }
+                bnb_tensor *y = bnb_attention(net.ctx, net.input({T, heads * D}, rng.normals(T * heads * D)), written[0], written[1], net.ids({T, 2}, span, "span"),
+                                              static_cast<int32_t>(heads), static_cast<int32_t>(kv), 1 / std::sqrt(static_cast<float>(D)));
+                return std::vector<bnb_tensor *>{y, caches[0], caches[1]};
+            };
+            compare(build, 1e-5, 2e-3, "int8 cache " + std::to_string(seed));
+        }
+    }
+
     TEST_CASE("backend: blocks of every weight type") {
         for (int32_t type : WEIGHT_TYPES)
             for (int64_t T : {1, 2, 9, 40})
                 compare([&](Net &net) { return build_block(net, type, T).outputs; }, type == BNB_INT8 ? 2e-2 : 1e-4, 2e-2, "block of " + type_name(type));
+        for (int64_t T : {1, 5, 40})
+            compare([&](Net &net) { return build_block(net, BNB_NF4, T, 3, BNB_INT8_KV).outputs; }, 1e-3, 2e-2, "block with an int8 cache");
     }
 
     TEST_CASE("backend: random graphs") {
@@ -328,6 +363,7 @@ TEST_SUITE("backend") {
                 bnb_model_params_default(&p, sizeof p);
                 p.device = d.name.c_str();
                 p.compute_dtype = BNB_F32;
+                p.kv_type = type == BNB_NF4 ? BNB_INT8_KV : BNB_F32;
                 Model model(bnb_model_from_memory(env, file.bytes.data(), file.bytes.size(), &p, &err));
                 REQUIRE_MESSAGE(model, text(err));
                 const std::vector<std::vector<int32_t>> prompts = {{1, 2, 3}, {200}, {7, 7, 7, 7, 7, 7, 7}, {100, 3}};

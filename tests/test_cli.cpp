@@ -77,7 +77,7 @@ TEST_CASE("cli: --help and --version go to stdout") {
     }
     const std::string help = run({"main", "-h"}).out;
     for (const std::string option : {"-m, --model MODEL", "--temp T", "(default: 0.8)", "(default: 0.95)",
-                                     "--no-display-prompt", "--kv-type auto|f16|f32"})
+                                     "--no-display-prompt", "-ctk, --cache-type, --kv-type auto|f16|f32|int8"})
         CHECK_MESSAGE(contains(help, option), option);
 }
 
@@ -104,6 +104,8 @@ TEST_CASE("cli: wrong usage ends with status 2 and one sentence") {
     check_failure({"main", "-m", DEMO, "--load-in-8bit", "--double-quant"}, 2, "--double-quant");
     check_failure({"main", "-m", DEMO, "--load-in-4bit", "--blocksize", "100"}, 2, "--blocksize");
     check_failure({"main", "-m", DEMO, "--compute-dtype", "int4"}, 2, "--compute-dtype");
+    for (const std::string program : {"main", "bench", "perplexity"})
+        check_failure({program, "-m", DEMO, "--cache-type", "q8_0"}, 2, "--cache-type");
     check_failure({"main", "-m", DEMO, "--device-map", "balanced"}, 2, "--device-map");
     check_failure({"quantize", DEMO_HF, "--type", "nf4"}, 2, "SRC OUT");
     check_failure({"quantize", DEMO_HF, "/tmp/x.bnb"}, 2, "--type");

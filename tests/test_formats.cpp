@@ -260,14 +260,15 @@ TEST_SUITE_BEGIN("formats");
 TEST_CASE("formats: names, sizes and ids of types") {
     struct Row { int32_t id; const char *name; int32_t bits; bool quantized; };
     const Row rows[] = {{0, "f32", 32, false}, {1, "f16", 16, false}, {2, "bf16", 16, false}, {3, "i32", 32, false}, {4, "i8", 8, false},
-                        {5, "u8", 8, false},   {8, "int8", 8, true},  {9, "nf4", 4, true},    {10, "fp4", 4, true}};
+                        {5, "u8", 8, false},   {8, "int8", 8, true},  {9, "nf4", 4, true},    {10, "fp4", 4, true},
+                        {11, "int8_kv", 8, false}};
     for (const Row &r : rows) {
         CHECK(std::string(bnb_type_name(r.id)) == r.name);
         CHECK(bnb_type_bits(r.id) == r.bits);
         CHECK(bnb_type_from_name(r.name) == r.id);
         CHECK((bnb_type_is_quantized(r.id) != 0) == r.quantized);
     }
-    for (int32_t id : {-1, 6, 7, 11, 1 << 30, INT32_MIN}) {
+    for (int32_t id : {-1, 6, 7, 12, 1 << 30, INT32_MIN}) {
         CHECK(bnb_type_name(id) == nullptr);
         CHECK(bnb_type_bits(id) == 0);
         CHECK(!bnb_type_is_quantized(id));

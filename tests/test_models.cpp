@@ -41,7 +41,8 @@ struct Model {
     bnb_error err = {};
     bnb_model *m = nullptr;
     bnb_session *s = nullptr;
-    Model(Env &e, const std::string &path, int32_t type = -1, bool dq = false, int32_t compute = BNB_COMPUTE_AUTO, int32_t n_batch = 512) {
+    Model(Env &e, const std::string &path, int32_t type = -1, bool dq = false, int32_t compute = BNB_COMPUTE_AUTO, int32_t n_batch = 512,
+          int32_t kv_type = BNB_F32) {
         bnb_load_params l;
         bnb_load_params_default(&l, sizeof l);
         l.type = type;
@@ -50,7 +51,7 @@ struct Model {
         l.compat = BNB_COMPAT_CPU; // the golden values come from bitsandbytes on a CPU
         bnb_model_params p;
         bnb_model_params_default(&p, sizeof p);
-        p.kv_type = BNB_F32;
+        p.kv_type = kv_type;
         p.compute_dtype = compute;
         p.n_batch = n_batch;
         m = bnb_model_load(e.env, path.c_str(), &l, &p, &err);
@@ -194,6 +195,44 @@ TEST_CASE("models: the demo model writes what transformers writes, token by toke
     }
 }
 
+TEST_CASE("models: with an int8 cache, half as large, the demo model says nearly the same") {
+    std::ifstream text(BNB_SOURCE_DIR "/tests/golden/demo_logits.json");
+    nlohmann::json golden = nlohmann::json::parse(text);
+    for (uint32_t disable : {0u, static_cast<uint32_t>(BNB_CPU_FAST)}) {
+        CAPTURE(disable);
+        Env e(2, disable);
+        Model f16(e, BNB_SOURCE_DIR "/models/demo", BNB_F32, false, BNB_F32, 512, BNB_F16);
+        Model int8(e, BNB_SOURCE_DIR "/models/demo", BNB_F32, false, BNB_F32, 512, BNB_INT8_KV);
+        for (auto &g : golden["prompts"]) {
+            std::vector<int32_t> prompt = g["tokens"], want = f16.greedy(prompt, 64), got = int8.greedy(prompt, 64);
+            CHECK(std::equal(want.begin(), want.begin() + 32, got.begin())); // when measured, all 64
+            std::vector<int32_t> all = prompt;
+            all.insert(all.end(), want.begin(), want.end());
+            CHECK(distance(int8.logits(all), f16.logits(all)) <= 2e-3); // when measured, 5e-4 and 6e-4
+        }
+        bnb_memory half, codes, predicted;
+        bnb_session_memory(f16.s, &half);
+        bnb_session_memory(int8.s, &codes);
+        REQUIRE(bnb_model_memory(int8.m, 0, &predicted, nullptr) == BNB_OK);
+        CHECK(codes.state == predicted.state);
+        CHECK(codes.state == half.state / 128 * (64 + 4)); // heads of 64: a byte for each number and a scale, not two bytes
+    }
+}
+
+TEST_CASE("models: a cache of a type that is not offered") {
+    Env e(1);
+    bnb_model_params p;
+    bnb_model_params_default(&p, sizeof p);
+    p.device = "cpu";
+    for (int32_t type : {int32_t{BNB_BF16}, int32_t{BNB_INT8}, int32_t{BNB_NF4}, 99}) {
+        p.kv_type = type;
+        bnb_error err = {};
+        CHECK(bnb_model_open(e.env, BNB_SOURCE_DIR "/models/demo/demo-nf4.bnb", &p, &err) == nullptr);
+        CHECK(err.code == BNB_E_TYPE);
+        CHECK(std::string(err.msg).find("the KV cache can be f16, f32 or int8_kv") != std::string::npos);
+    }
+}
+
 TEST_CASE("models: prompts in batches, prefix reuse and decoding give one result") {
     Expect want(GOLDEN + "opt.expect");
     Env e;
@@ -214,7 +253,7 @@ TEST_CASE("models: any number of threads gives the same bits") {
         std::vector<float> first;
         for (int32_t threads : {1, 2, 3, 7}) {
             Env e(threads);
-            Model m(e, GOLDEN + "gpt2", type);
+            Model m(e, GOLDEN + "gpt2", type, false, BNB_COMPUTE_AUTO, 512, type == BNB_NF4 ? BNB_INT8_KV : BNB_F32);
             std::vector<float> l = m.logits(want.prompt);
             if (first.empty()) first = l;
             CHECK(std::memcmp(first.data(), l.data(), l.size() * sizeof(float)) == 0);

@@ -3,6 +3,7 @@
 #include "util.h"
 
 #include <algorithm>
+#include <cfloat>
 #include <limits>
 
 using namespace test;
@@ -28,6 +29,13 @@ Doubles rounded(int32_t type, const Floats &v) {
     Doubles out;
     for (float x : v) out.push_back(round_to(type, static_cast<double>(x)));
     return out;
+}
+
+// The same for caches: rows [R, C], of which int8_kv scales B columns together.
+Doubles cached(int32_t type, const Floats &v, int64_t R, int64_t C, int64_t B) {
+    if (type != BNB_INT8_KV) return rounded(type, v);
+    Int8Kv kv = int8_kv_of(v, R, C, B);
+    return widen(int8_kv_values(kv.codes.data(), kv.absmax.data(), R, C, B));
 }
 
 Matrix product(const Matrix &x, const Matrix &w, const Doubles &bias) { // x w^T + bias
@@ -246,18 +254,23 @@ Case softmax_case(Net &net, Rng &rng, int64_t T) {
 
 Case set_rows_case(Net &net, Rng &rng, int32_t type, int64_t T) {
     int64_t R = T + rng.range(1, 20), C = draw_C(rng);
+    std::vector<int64_t> divisors;
+    for (int64_t b = 1; b <= C; b++)
+        if (C % b == 0) divisors.push_back(b);
+    const int64_t B = rng.pick(divisors);
+    const bnb_quant q = blocks_of(B);
     Floats old = rng.normals(R * C);
-    bnb_tensor *cache = net.weight(type, {R, C}, old, nullptr, "cache");
+    bnb_tensor *cache = net.weight(type, {R, C}, old, &q, "cache");
     Rows x = rows_of(net, rng, T, C);
     std::vector<int32_t> rows; // a row is written once
     for (int32_t r = 0; r < R; r++) rows.push_back(r);
     for (size_t i = rows.size(); i > 1; i--) std::swap(rows[i - 1], rows[static_cast<size_t>(rng.range(0, static_cast<int64_t>(i) - 1))]);
     rows.resize(static_cast<size_t>(T));
     auto want = [=] {
-        Matrix y = {R, C, rounded(type, old)};
+        Floats v = old;
         for (int64_t t = 0; t < T; t++)
-            for (int64_t c = 0; c < C; c++) y.at(rows[static_cast<size_t>(t)], c) = round_to(type, x.values.at(t, c));
-        return y.v;
+            for (int64_t c = 0; c < C; c++) v[static_cast<size_t>(rows[static_cast<size_t>(t)] * C + c)] = static_cast<float>(x.values.at(t, c));
+        return cached(type, v, R, C, B);
     };
     Case c = {bnb_set_rows(net.ctx, cache, x.tensor, net.ids({T}, rows, "rows")), want, 0};
     c.read = cache;
@@ -276,7 +289,8 @@ Case attention_case(Net &net, Rng &rng, int32_t type, int64_t T) {
     } else {
         for (Rows *r : {&k, &v}) {
             Floats values = rng.normals(R * kv * D);
-            *r = {net.weight(type, {R, kv * D}, values, nullptr, r == &k ? "k" : "v"), {R, kv * D, rounded(type, values)}};
+            const bnb_quant quant = blocks_of(D);
+            *r = {net.weight(type, {R, kv * D}, values, &quant, r == &k ? "k" : "v"), {R, kv * D, cached(type, values, R, kv * D, D)}};
         }
     }
     std::vector<int32_t> span;
@@ -394,7 +408,7 @@ std::vector<int32_t> types_of(int32_t op) {
     case BNB_OP_MUL: return {BNB_F32, BNB_F16, BNB_BF16};
     case BNB_OP_LINEAR: return {BNB_F32, BNB_F16, BNB_BF16, BNB_INT8, BNB_NF4, BNB_FP4};
     case BNB_OP_SET_ROWS:
-    case BNB_OP_ATTENTION: return {BNB_F32, BNB_F16};
+    case BNB_OP_ATTENTION: return {BNB_F32, BNB_F16, BNB_INT8_KV};
     default: return {BNB_F32};
     }
 }
@@ -746,6 +760,7 @@ TEST_CASE("ops: a bad number stays in its row") {
                         if (with) v[1 * C + 10] = bad;
                         bnb_tensor *x = net.input({T, C}, v), *y = nullptr, *read = nullptr;
                         bnb_quant q = bnb_quant_default(type);
+                        if (type == BNB_INT8_KV) q = blocks_of(16);
                         q.outlier_rule = BNB_OUTLIER_ROW; // an outlier takes its column from all rows by the other rule
                         switch (op) {
                         case BNB_OP_EMBED: y = bnb_embed(net.ctx, x, net.ids({3}, {0, 1, 2})); break;
@@ -767,11 +782,11 @@ TEST_CASE("ops: a bad number stays in its row") {
                             break;
                         }
                         case BNB_OP_SET_ROWS:
-                            read = net.weight(type, {T, C}, Floats(static_cast<size_t>(T * C)), nullptr, "cache");
+                            read = net.weight(type, {T, C}, Floats(static_cast<size_t>(T * C)), &q, "cache");
                             y = bnb_set_rows(net.ctx, read, x, net.ids({3}, {0, 1, 2}));
                             break;
                         case BNB_OP_ATTENTION: {
-                            bnb_tensor *kv = net.weight(type, {5, C}, rng.normals(5 * C));
+                            bnb_tensor *kv = net.weight(type, {5, C}, rng.normals(5 * C), &q);
                             y = bnb_attention(net.ctx, x, kv, kv, net.ids({3, 2}, {0, 5, 0, 5, 0, 5}, "span"), 4, 4, 0.25f);
                             break;
                         }
@@ -955,6 +970,11 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
     auto vec = [input](bnb_ctx *c, int64_t n) { return input(c, BNB_F32, {n}); };
     auto i32 = [input](bnb_ctx *c, int64_t n) { return input(c, BNB_I32, {n}); };
     auto leaf = [](bnb_ctx *c, int32_t type, Shape shape) { return bnb_tensor_new(c, type, nullptr, static_cast<int32_t>(shape.size()), shape.data(), "thing"); };
+    auto heads = [](bnb_ctx *c, int64_t D) { // an int8 cache
+        const int64_t shape[] = {5, 8};
+        const bnb_quant q = blocks_of(D);
+        return bnb_tensor_new(c, BNB_INT8_KV, &q, 2, shape, "cache");
+    };
     static const bnb_draw_rule fair = {1, 1, 0, 1, 0}, unfair = {1, 0, 0, 1, 0};
     const std::vector<Bad> bad = {
         {"embed", [=](bnb_ctx *c) { return bnb_embed(c, nullptr, i32(c, 3)); }},
@@ -1010,6 +1030,7 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
         {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, leaf(c, BNB_F16, {9, 8}), f32(c, 2, 7), i32(c, 2)); }},
         {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, leaf(c, BNB_BF16, {9, 8}), f32(c, 2, 8), i32(c, 2)); }},
         {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, leaf(c, BNB_INT8, {9, 8}), f32(c, 2, 8), i32(c, 2)); }},
+        {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, heads(c, 8), f32(c, 2, 7), i32(c, 2)); }},
         {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, f32(c, 9, 8), f32(c, 2, 8), i32(c, 2)); }}, // an input is the plan's
         {"set_rows", [=](bnb_ctx *c) { return bnb_set_rows(c, bnb_relu(c, f32(c, 9, 8)), f32(c, 2, 8), i32(c, 2)); }},
         {"attention", [=](bnb_ctx *c) { return bnb_attention(c, nullptr, f32(c, 5, 8), f32(c, 5, 8), input(c, BNB_I32, {2, 2}), 2, 2, 1); }},
@@ -1027,6 +1048,10 @@ TEST_CASE("ops: what does not fit is refused with a sentence, when the graph is 
         {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), f32(c, 5, 8), f32(c, 5, 8), input(c, BNB_I32, {2, 3}), 2, 2, 1); }},
         {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), f32(c, 5, 8), f32(c, 5, 8), input(c, BNB_I32, {3, 2}), 2, 2, 1); }},
         {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), f32(c, 5, 8), f32(c, 5, 8), i32(c, 4), 2, 2, 1); }},
+        {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), heads(c, 8), heads(c, 8), input(c, BNB_I32, {2, 2}), 2, 2, 1); }}, // 4 columns to a head
+        {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), heads(c, 4), heads(c, 2), input(c, BNB_I32, {2, 2}), 2, 2, 1); }},
+        {"attention", [=](bnb_ctx *c) { return bnb_attention(c, f32(c, 2, 8), heads(c, 4), leaf(c, BNB_F16, {5, 8}), input(c, BNB_I32, {2, 2}), 2, 2, 1); }},
+        {"linear", [=](bnb_ctx *c) { return bnb_linear(c, f32(c, 2, 8), heads(c, 8), nullptr); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, nullptr, 0, 1); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, f32(c, 2, 8), -1, 1); }},
         {"columns", [=](bnb_ctx *c) { return bnb_columns(c, f32(c, 2, 8), 0, 9); }},
@@ -1100,7 +1125,7 @@ TEST_CASE("ops: tensors that cannot be are refused with a sentence") {
         std::function<bnb_tensor *(bnb_ctx *)> build;
     };
     const int64_t two[] = {2, 64}, huge[] = {INT64_MAX, INT64_MAX, 2, 2}, negative[] = {2, -1}, three[] = {2, 2, 2};
-    bnb_quant odd = quant4(BNB_NF4, 48, false), tiny = quant4(BNB_NF4, 16, false), large = quant4(BNB_FP4, 8192, false), zero = quant4(BNB_NF4, 0, false);
+    bnb_quant odd = quant4(BNB_NF4, 48, false), tiny = quant4(BNB_NF4, 16, false), large = quant4(BNB_FP4, 8192, false), zero = quant4(BNB_NF4, 0, false), seven = blocks_of(7);
     bnb_quant nested = quant4(BNB_NF4, 64, true), dtype = quant4(BNB_NF4, 64, false), threshold = bnb_quant_default(BNB_INT8), rule = threshold;
     nested.nested_blocksize = 64;
     dtype.dtype = BNB_I32;
@@ -1120,6 +1145,9 @@ TEST_CASE("ops: tensors that cannot be are refused with a sentence") {
         {BNB_E_SHAPE, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_NF4, nullptr, 4, huge, "t"); }},
         {BNB_E_SHAPE, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_U8, nullptr, 1, huge, "t"); }},
         {BNB_E_SHAPE, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_INT8, nullptr, 3, three, "t"); }},
+        {BNB_E_SHAPE, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_INT8_KV, nullptr, 3, three, "t"); }},
+        {BNB_E_SHAPE, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_INT8_KV, &seven, 2, two, "t"); }},
+        {BNB_E_ARG, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_INT8_KV, &zero, 2, two, "t"); }},
         {BNB_E_ARG, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_NF4, &odd, 2, two, "t"); }},
         {BNB_E_ARG, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_NF4, &tiny, 2, two, "t"); }},
         {BNB_E_ARG, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_FP4, &large, 2, two, "t"); }},
@@ -1130,6 +1158,7 @@ TEST_CASE("ops: tensors that cannot be are refused with a sentence") {
         {BNB_E_ARG, [&](bnb_ctx *c) { return bnb_tensor_new(c, BNB_INT8, &rule, 2, two, "t"); }},
         {BNB_E_TYPE, [&](bnb_ctx *c) { return bnb_input(c, BNB_NF4, 2, two, "t"); }},
         {BNB_E_TYPE, [&](bnb_ctx *c) { return bnb_input(c, BNB_INT8, 2, two, "t"); }},
+        {BNB_E_TYPE, [&](bnb_ctx *c) { return bnb_input(c, BNB_INT8_KV, 2, two, "t"); }},
         {BNB_E_TYPE, [&](bnb_ctx *c) { return bnb_input(c, BNB_INT8, 2, two, nullptr); }},
     };
     for (size_t i = 0; i < bad.size(); i++) {
@@ -1187,22 +1216,58 @@ TEST_CASE("ops: ids, rows and spans outside what they point into are refused by 
     }
 }
 
+TEST_CASE("ops: codes of an int8 cache, against double precision; what is not a number, and what is too small") {
+    const int64_t B = 21, R = 3, C = 4 * B;
+    for (const Level &level : cpu_levels()) {
+        CAPTURE(level.name);
+        Env env(2, level.disable);
+        for (double scale : {1.0, 1e-30, 1e-36, 3e37, 1e-38, 0.0}) { // the last two are below 2^-120
+            CAPTURE(scale);
+            Net net(env);
+            Floats x = Rng(3).normals(R * C, scale);
+            for (float &v : x) v = std::max(-FLT_MAX, std::min(v, FLT_MAX));
+            x[0 * C + 5] = NaN;          // row 0, block 0
+            x[1 * C + B + 20] = -INF;    // row 1, block 1
+            x[1 * C + 2 * B] = FLT_MAX;  // row 1, block 2: the others are nothing beside it
+            const bnb_quant q = blocks_of(B);
+            bnb_tensor *cache = net.weight(BNB_INT8_KV, {R, C}, Rng(4).normals(R * C), &q, "cache");
+            net.run(bnb_set_rows(net.ctx, cache, net.input({R, C}, x), net.ids({R}, {2, 0, 1}, "rows")));
+            const int8_t *codes = static_cast<const int8_t *>(bnb_tensor_plane(cache, 0));
+            const float *absmax = static_cast<const float *>(bnb_tensor_plane(cache, 1));
+            for (int64_t t = 0; t < R; t++)
+                for (int64_t b = 0; b < 4; b++) {
+                    const int64_t r = (t + 2) % 3;
+                    const bool bad = (t == 0 && b == 0) || (t == 1 && b == 1);
+                    double top = 0;
+                    for (int64_t i = 0; i < B && !bad; i++) top = std::max(top, std::fabs(static_cast<double>(x[static_cast<size_t>(t * C + b * B + i)])));
+                    if (top < 0x1p-120) top = 0;
+                    const double got = static_cast<double>(absmax[b * R + r]);
+                    CHECK((bad ? std::isnan(got) : got == top));
+                    for (int64_t i = 0; i < B; i++) {
+                        const double code = codes[r * C + b * B + i], v = static_cast<double>(x[static_cast<size_t>(t * C + b * B + i)]);
+                        if (bad || top == 0) CHECK(code == 0);
+                        else CHECK(std::fabs(code - 127 * v / top) <= 0.5 + 1e-4);
+                    }
+                }
+        }
+    }
+}
+
 TEST_CASE("ops: a cache is read as it is after the write, in the same graph") {
     for (const Level &level : cpu_levels()) {
         CAPTURE(level.name);
         Env env(2, level.disable);
-        for (int32_t type : {BNB_F32, BNB_F16}) {
+        for (int32_t type : types_of(BNB_OP_SET_ROWS)) {
             Net net(env);
             Rng rng(8);
             const int64_t R = 12, C = 32;
+            const bnb_quant quant = blocks_of(8);
             Floats k = rng.normals(3 * C), v = rng.normals(3 * C), q = rng.normals(3 * C);
             bnb_tensor *rows = net.ids({3}, {9, 2, 5}, "rows"), *span = net.ids({3, 2}, {9, 10, 2, 3, 5, 6}, "span");
-            bnb_tensor *kc = net.weight(type, {R, C}, Floats(static_cast<size_t>(R * C), NaN), nullptr, "k"), *vc = net.weight(type, {R, C}, Floats(static_cast<size_t>(R * C), NaN), nullptr, "v");
+            bnb_tensor *kc = net.weight(type, {R, C}, Floats(static_cast<size_t>(R * C), NaN), &quant, "k"), *vc = net.weight(type, {R, C}, Floats(static_cast<size_t>(R * C), NaN), &quant, "v");
             bnb_tensor *kw = bnb_set_rows(net.ctx, kc, net.input({3, C}, k), rows), *vw = bnb_set_rows(net.ctx, vc, net.input({3, C}, v), rows);
             Floats y = net.run(bnb_attention(net.ctx, net.input({3, C}, q), kw, vw, span, 4, 4, 0.3f)); // each sees its own row only
-            Doubles want;
-            for (float e : v) want.push_back(round_to(type, static_cast<double>(e)));
-            CHECK(relative_error(y, want) <= 1e-6);
+            CHECK(relative_error(y, cached(type, v, 3, C, 8)) <= 1e-6);
         }
     }
 }

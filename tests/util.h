@@ -324,6 +324,41 @@ inline bnb_quant quant4(int32_t type, int32_t blocksize, bool double_quant) {
     return q;
 }
 
+inline bnb_quant blocks_of(int64_t columns) { // of int8_kv
+    bnb_quant q = bnb_quant_default(BNB_INT8_KV);
+    q.blocksize = static_cast<int32_t>(columns);
+    return q;
+}
+
+// Rows of numbers [R, C] as an int8_kv tensor keeps them: the rule that stands at bnb_set_rows.
+struct Int8Kv {
+    std::vector<int8_t> codes; // [R, C]
+    Floats absmax;             // [C / B, R]
+};
+inline Int8Kv int8_kv_of(const Floats &x, int64_t R, int64_t C, int64_t B) {
+    Int8Kv kv = {std::vector<int8_t>(x.size()), Floats(static_cast<size_t>(R * C / B))};
+    for (int64_t r = 0; r < R; r++)
+        for (int64_t b = 0; b < C / B; b++) {
+            const float *block = x.data() + r * C + b * B;
+            float top = 0;
+            bool finite = true;
+            for (int64_t i = 0; i < B; i++) finite = finite && std::isfinite(block[i]), top = std::max(top, std::fabs(block[i]));
+            if (top < 0x1p-120f) top = 0;
+            for (int64_t i = 0; i < B; i++) {
+                volatile float scale = 127.0f / top, v = block[i] * scale; // two roundings
+                kv.codes[static_cast<size_t>(r * C + b * B + i)] = finite && top > 0 ? static_cast<int8_t>(std::rint(v)) : int8_t{0};
+            }
+            kv.absmax[static_cast<size_t>(b * R + r)] = finite ? top : NAN;
+        }
+    return kv;
+}
+inline Floats int8_kv_values(const int8_t *codes, const float *absmax, int64_t R, int64_t C, int64_t B) {
+    Floats v;
+    for (int64_t i = 0; i < R * C; i++)
+        v.push_back(static_cast<float>(codes[i] * static_cast<double>(absmax[i % C / B * R + i / C]) / 127));
+    return v;
+}
+
 // What a tensor holds, decoded here from its planes: contiguous, RESIDENT on the host.
 inline Doubles decode(const bnb_tensor *t) {
     int64_t n = bnb_tensor_elements(t);
@@ -428,6 +463,15 @@ public:
         std::vector<uint8_t> raw(v.size() * static_cast<size_t>(bnb_type_bits(bnb_tensor_type(t)) / 8));
         bnb_status status = bnb_tensor_read(t, 0, raw.data(), raw.size(), &err);
         REQUIRE_MESSAGE(status == BNB_OK, text(err));
+        if (bnb_tensor_type(t) == BNB_INT8_KV) {
+            const int64_t R = t->shape[0], C = t->shape[1], B = t->quant.blocksize;
+            Floats absmax(static_cast<size_t>(R * C / B));
+            bnb_tensor scales = *t; // reading reads plane 0
+            scales.type = BNB_F32, scales.n_dims = 1, scales.shape[0] = R * C / B, scales.shape[1] = 1, scales.plane[0] = t->plane[1];
+            status = bnb_tensor_read(&scales, 0, absmax.data(), absmax.size() * 4, &err);
+            REQUIRE_MESSAGE(status == BNB_OK, text(err));
+            return int8_kv_values(reinterpret_cast<const int8_t *>(raw.data()), absmax.data(), R, C, B);
+        }
         if (bnb_tensor_type(t) == BNB_I32) {
             for (size_t i = 0; i < v.size(); i++) {
                 int32_t n;
@@ -501,8 +545,14 @@ private:
         bnb_error err = {};
         int64_t n = bnb_tensor_elements(v.tensor);
         REQUIRE(static_cast<int64_t>(v.bytes.size()) == 4 * n);
-        bnb_status status;
-        if (bnb_type_is_quantized(bnb_tensor_type(v.tensor))) {
+        bnb_status status = BNB_OK;
+        if (v.tensor->type == BNB_INT8_KV) {
+            Floats x(static_cast<size_t>(n));
+            if (n) std::memcpy(x.data(), v.bytes.data(), v.bytes.size());
+            Int8Kv kv = int8_kv_of(x, v.tensor->shape[0], v.tensor->shape[1], v.tensor->quant.blocksize);
+            std::copy(kv.codes.begin(), kv.codes.end(), static_cast<int8_t *>(v.tensor->plane[0]));
+            std::copy(kv.absmax.begin(), kv.absmax.end(), static_cast<float *>(v.tensor->plane[1]));
+        } else if (bnb_type_is_quantized(bnb_tensor_type(v.tensor))) {
             Ctx scratch(bnb_ctx_create(env_, &err));
             bnb_tensor *src = bnb_tensor_new(scratch.get(), BNB_F32, nullptr, bnb_tensor_n_dims(v.tensor), bnb_tensor_shape(v.tensor), "source");
             void *planes[BNB_MAX_PLANES] = {v.bytes.data(), nullptr, nullptr, nullptr};
