@@ -5405,8 +5405,8 @@ bool fits_dense(const Compiled &plan, const Step &s) {
            w->shape[0] % 8 == 0 && x->shape[0] > 8 && x->op != BNB_OP_COLUMNS && !(s.act && s.residual);
 }
 uint64_t scratch_dense(const Compiled &, const Step &s) { return DENSE_WORKSPACE + half_bytes(s.nodes[0]->src[0]); }
-// weight_of: where a weight lies as f16
-template <class F> void run_dense(Launch &l, const Step &s, F weight_of) {
+// Rows [n0, n0 + rows) of every weight at a time. weight_of(w, n0, rows): where these lie as f16.
+template <class F> void run_dense(Launch &l, const Step &s, int rows_at_once, F weight_of) {
     const bnb_tensor *x = s.nodes[0]->src[0];
     Rows h = half_rows(l, x, l.scratch + DENSE_WORKSPACE);
     for (const bnb_tensor *node : s.nodes) {
@@ -5420,16 +5420,23 @@ template <class F> void run_dense(Launch &l, const Step &s, F weight_of) {
             e.bias = {};
         }
         const bool all = !e.bias.data && dense_does(e.act);
-        if (!dense_product(*l.plan.device->dense, l.q.stream, h, weight_of(node->src[1]), bias, all ? e.act : int{BNB_OP_NONE}, e.residual, out, M, N,
-                           static_cast<int>(x->shape[1]), l.scratch))
-            l.q.note(cudaErrorUnknown);
+        for (int n0 = 0; n0 < N; n0 += rows_at_once) {
+            const int rows = std::min(rows_at_once, N - n0), size = out.f16 ? 2 : 4;
+            auto columns = [&](Rows y) {
+                if (y.data) y.data += static_cast<size_t>(n0) * (y.f16 ? 2 : 4);
+                return y;
+            };
+            if (!dense_product(*l.plan.device->dense, l.q.stream, h, weight_of(node->src[1], n0, rows), bias ? static_cast<const char *>(bias) + static_cast<size_t>(n0) * size : nullptr,
+                               all ? e.act : int{BNB_OP_NONE}, columns(e.residual), columns(out), M, rows, static_cast<int>(x->shape[1]), l.scratch))
+                l.q.note(cudaErrorUnknown);
+        }
         e.residual = {};
         if (all) e.act = BNB_OP_NONE;
         if (e.bias.data || e.act) l.q.launch(finish_kernel, dim3(blocks(N, THREADS), static_cast<unsigned>(M)), dim3(THREADS), e, out, N);
     }
 }
 void run_dense_f16(Launch &l, const Step &s) {
-    run_dense(l, s, [](const bnb_tensor *w) -> const void * { return w->plane[0]; });
+    run_dense(l, s, INT32_MAX, [](const bnb_tensor *w, int, int) -> const void * { return w->plane[0]; });
 }
 #endif
 
@@ -5491,11 +5498,15 @@ bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
     return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
-           (plan.device->tiles ? M >= 768 || (M >= 128 && size <= 1 << 25) : M >= 256);
+           (plan.device->tiles ? M > (size <= 1 << 25 ? 512 : 1024) : M >= 256);
 }
+// Rows of a weight that are f16 at the same time, whole blocks of 64: as many as DENSE_CHUNK holds.
+constexpr int64_t DENSE_CHUNK = 64 << 20; // twice that is 1 % faster
+int64_t dense_rows(const bnb_tensor *w) { return std::max<int64_t>(DENSE_CHUNK / (w->shape[1] * 2) / 64 * 64, 64); }
 uint64_t dense_bytes(const Step &s) {
     uint64_t most = 0;
-    for (const bnb_tensor *node : s.nodes) most = std::max(most, static_cast<uint64_t>(bnb_tensor_elements(node->src[1])) * 2);
+    for (const bnb_tensor *node : s.nodes)
+        most = std::max(most, static_cast<uint64_t>(std::min(node->src[1]->shape[0], dense_rows(node->src[1])) * node->src[1]->shape[1] * 2));
     return align_up(most);
 }
 uint64_t scratch_tile4_dense(const Compiled &plan, const Step &s) { return scratch_dense(plan, s) + dense_bytes(s); }
@@ -5503,10 +5514,10 @@ void run_tile4_dense(Launch &l, const Step &s) {
     char *w = l.scratch + scratch_dense(l.plan, s);
     const bnb_tensor *weight = s.nodes[0]->src[1];
     const Numbers map = {weight->type == BNB_NF4 ? l.plan.device->maps : l.plan.device->maps + 16, BNB_F32};
-    run_dense(l, s, [&](const bnb_tensor *t) -> const void * {
-        const unsigned columns = static_cast<unsigned>(t->shape[1] / 64);
-        l.q.launch(tile4_dense_kernel, dim3(columns, blocks(t->shape[0], 64)), dim3(THREADS), static_cast<const char *>(t->plane[0]), map, static_cast<int>(t->shape[0]),
-                   static_cast<int>(t->shape[1]), reinterpret_cast<__half *>(w));
+    run_dense(l, s, static_cast<int>(dense_rows(weight)), [&](const bnb_tensor *t, int n0, int rows) -> const void * {
+        const int K = static_cast<int>(t->shape[1]);
+        const char *tiles = static_cast<const char *>(t->plane[0]) + n0 / tile4::kBlockRows * tile4::block_bytes(K);
+        l.q.launch(tile4_dense_kernel, dim3(static_cast<unsigned>(K / 64), blocks(rows, 64)), dim3(THREADS), tiles, map, rows, K, reinterpret_cast<__half *>(w));
         return w;
     });
 }
