@@ -1503,8 +1503,8 @@ __device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out,
 // ---- what linear4_row and linear4_small share -----------------------------------------------------------------------
 
 // A warp's ring of two stages for chunks of its weights: kUnits neighbouring strips of 16 rows by kGroups groups of 64
-// columns. On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part: a stage
-// is a group of its copies, which may be empty.
+// columns. On Hopper lane 0 orders bulk copies that a barrier of the stage counts. Else every lane copies a part: a
+// stage is a group of its copies, which may be empty.
 template <int kUnits, int kGroups> struct Ring {
     static constexpr int kStages = 2, kStageBytes = kGroups * kUnits * kUnitBytes; // units [kGroups][kUnits]
     static constexpr int kBytes = kStages * kStageBytes, kBarrierBytes = kStages * 8;
@@ -1595,7 +1595,8 @@ struct Output {
     int n;
     float bias, residual;
 
-    template <int kUnits> __device__ __forceinline__ void find(const Linear4 &a, const Bands<kUnits> &bands, int band, int row) {
+    template <int kUnits>
+    __device__ __forceinline__ void find(const Linear4 &a, const Bands<kUnits> &bands, int band, int row) {
         const int at = bands.first + min(band, bands.n - 1);
         const Block rows = block_at(a, at / Bands<kUnits>::kPerBlock);
         part = &a.part[rows.part], n = rows.row + at % Bands<kUnits>::kPerBlock * (kUnits * kUnitRows) + row;
@@ -1622,8 +1623,8 @@ template <int kUnits, int kGroups> struct Row {
 };
 
 // The 64 columns of a group are 32 pairs, of which lane t of the first four needs the pairs 4 e + t, e = 0..7, as its
-// column of B for four k16 steps. They lie together in the gap after entry `group` of the table, rotated by the group so
-// that staging them has no bank conflicts.
+// column of B for four k16 steps. They lie together in the gap after entry `group` of the table, rotated by the group
+// so that staging them has no bank conflicts.
 __device__ __forceinline__ int column_place(int group, int t) { return group * 256 + 128 + ((t + group) & 3) * 32; }
 
 // Only the first four lanes load: the other columns of the product are not used, whatever they hold.
@@ -1636,8 +1637,8 @@ __device__ __forceinline__ void load_column(uint32_t (&b)[8], uint32_t address, 
                  : "memory");
 }
 
-// Chunks go to the warps in turn, band after band, so that all have the same work whatever the shape. A kernel lasts a few
-// microseconds and waits for the one before: what is on the way from that to the first product counts most.
+// Chunks go to the warps in turn, band after band, so that all have the same work whatever the shape. A kernel lasts a
+// few microseconds and waits for the one before: what is on the way from that to the first product counts most.
 template <int kUnits, int kGroups>
 __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Linear4 a, int share, int more) {
 #ifdef BNB__MMA
@@ -1744,7 +1745,9 @@ template <int kCols, int kUnits, int kGroups> struct Small {
     static constexpr int kRing = kBarriers + kWarps * Stages::kBarrierBytes + 128; // 128: alignment
     static constexpr int kMiddle = kRing + kWarps * Stages::kBytes;                // f32 [bands - 1][M][kRows]
     // f32 [kWarps][M][kRows], over x f16 [M][x_pitch], which is done with by then
-    __host__ __device__ static int last_offset(int M, int bands) { return kMiddle + max_of(bands - 1, 0) * M * kRows * 4; }
+    __host__ __device__ static int last_offset(int M, int bands) {
+        return kMiddle + max_of(bands - 1, 0) * M * kRows * 4;
+    }
     __host__ __device__ static int x_pitch(int K) { return K + 8; } // rows 16 bytes apart in the banks for ldmatrix
     static int shared_bytes(int M, int K, int bands) {
         return last_offset(M, bands) + max_of(kWarps * M * kRows * 4, M * x_pitch(K) * 2);
@@ -1780,7 +1783,8 @@ __global__ void __launch_bounds__(512, 1)
     launch_dependents();
     fill_table<128>(shared, a.map, threadIdx.x);
     const int pitch = S::x_pitch(a.K);
-    __half *x = (__half *)(shared + S::last_offset(M, share + (more > 0))); // [M][pitch], at the same place in all blocks
+    // f16 [M][pitch], at the same place in all blocks
+    __half *x = (__half *)(shared + S::last_offset(M, share + (more > 0)));
 #ifdef BNB__HOPPER
     const uint32_t x_full = shared_address(shared + S::kBarriers) + S::kWarps * S::Stages::kBarrierBytes;
     const int rank = cluster_rank(), ranks = cluster_size();
@@ -1794,7 +1798,8 @@ __global__ void __launch_bounds__(512, 1)
         if (lane == 0) barrier_expect(x_full, M * a.K * 2);
         __syncwarp();
         for (int m = rank + lane * ranks; m < M; m += 32 * ranks)
-            bulk_multicast(shared_address(x + m * pitch), (const __half *)a.x + m * a.ldx, a.K * 2, x_full, (1 << ranks) - 1);
+            bulk_multicast(shared_address(x + m * pitch), (const __half *)a.x + m * a.ldx, a.K * 2, x_full,
+                           (1 << ranks) - 1);
     }
     ask_next(1); // more weights only now: x would arrive behind them
     if (a.x_f32) stage_rows<S::kThreads>(a, [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
