@@ -2182,94 +2182,128 @@ BNB__INLINE BNB__AVX512 __mmask16 bnb__mask16(int64_t n) /* the first n of 16 la
 
 static int64_t bnb__dot4_padded(int64_t K) { return (K + 127) & ~(int64_t)127; }
 
-/* nf4, fp4. A lane holds 8 codes, and a table lookup (vpermps) reads only the low 4 bits of its index: shifting by 4 j
- * bits finds element 8 lane + (j ^ 1) of each lane's 8, high nibbles first. xs: x in that order, zeros up to a multiple of
- * 128. C: weights that surely share a scale; pattern: which of the step's scales a lane uses. */
-BNB__INLINE BNB__AVX512 void bnb__dot4_rows_512(const bnb__linear *l, int64_t n, const float *xs /* [M, Kp] */,
-                                                const float *absmax /* [R, K / B] */, __m512 map, __m512i pattern, int shift,
-                                                const int C, const int M, const int R)
+/* nf4, fp4, in steps of 128 weights. A 32-bit lane holds 8 codes; a lookup reads only the low bits of its index, so that
+ * shifting by 4 j bits finds the j-th code of every lane, high nibbles first. Products in
+ *   f32:  vpermps, a code for each 32-bit lane, element 8 lane + (j ^ 1): 8 lookups a step
+ *   bf16: vpermw, a code for each 16-bit lane, element 4 lane + (j ^ 1), and two neighbours are multiplied and added at
+ *         once: half the lookups, of which decoding mostly consists, and half of x to read
+ * xs: x in that order, zeros up to a multiple of 128. */
+#define BNB__LOOKUP_F32(v, j, map) _mm512_castps_si512(_mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * (j)), _mm512_castsi512_ps(map)))
+#define BNB__LOOKUP_BF16(v, j, map) _mm512_permutexvar_epi16(_mm512_srli_epi16(v, 4 * (j)), map)
+#define BNB__PRODUCT_F32(sum, w, x) _mm512_fmadd_ps(_mm512_castsi512_ps(w), _mm512_castsi512_ps(x), sum)
+#define BNB__PRODUCT_BF16(sum, w, x) _mm512_dpbf16_ps(sum, (__m512bh)(w), (__m512bh)(x))
+
+BNB__INLINE BNB__AVX512 __m512i bnb__dot4_map_f32(int32_t type) { return _mm512_loadu_si512(type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map); }
+BNB__INLINE BNB__BF16 __m512i bnb__dot4_map_bf16(int32_t type) /* twice: the index of vpermw has a fifth bit */
 {
-    const uint8_t *q = l->codes + n * (l->K / 2);
-    int64_t K = l->K, Kp = bnb__dot4_padded(K), nb = K >> shift, k = 0;
-    __m512 sum[8], part[8];
-    __m512i v[8];
-    BNB__UNROLL for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();
-#define BNB__STEP(LOAD, SCALE)                                                                                         \
-    BNB__UNROLL for (int r = 0; r < R; r++) v[r] = LOAD;                                                               \
-    BNB__UNROLL for (int j = 0; j < 8; j++) {                                                                          \
-        __m512 w[8];                                                                                                   \
-        BNB__UNROLL for (int r = 0; r < R; r++) w[r] = _mm512_permutexvar_ps(_mm512_srli_epi32(v[r], 4 * j), map);     \
-        BNB__UNROLL for (int m = 0; m < M; m++) {                                                                      \
-            __m512 x = _mm512_load_ps(xs + m * Kp + k + 16 * j);                                                       \
-            BNB__UNROLL for (int r = 0; r < R; r++)                                                                    \
-                part[r * M + m] = j == 0 ? _mm512_mul_ps(w[r], x) : _mm512_fmadd_ps(w[r], x, part[r * M + m]);         \
-        }                                                                                                              \
+    __m512 map = _mm512_castsi512_ps(bnb__dot4_map_f32(type));
+    return (__m512i)_mm512_cvtne2ps_pbh(map, map);
+}
+
+BNB__INLINE BNB__AVX512 __m512 bnb__every(const float *x, const int step, int64_t n) /* lane i: x[step i] of n, or 0 */
+{
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mask_i32gather_ps(_mm512_setzero_ps(), bnb__mask16((n + step - 1) / step), _mm512_mullo_epi32(lane, _mm512_set1_epi32(step)), x, 4);
+}
+BNB__INLINE BNB__AVX512 __m512i bnb__dot4_x_f32(const float *x, int64_t n, int64_t at) { return _mm512_castps_si512(bnb__every(x + at, 8, n - at)); }
+BNB__INLINE BNB__BF16 __m512i bnb__dot4_x_bf16(const float *x, int64_t n, int64_t at)
+{
+    return (__m512i)_mm512_cvtne2ps_pbh(bnb__every(x + at + 64, 4, n - at - 64), bnb__every(x + at, 4, n - at));
+}
+
+/* The scales of the `left` weights that a step still has; C: weights that surely share one; pattern: which a lane uses. */
+BNB__INLINE BNB__AVX512 __m512 bnb__dot4_scales(const float *a, __m512i pattern, int64_t left, const int whole, const int C)
+{
+    if (whole && C == 128) return _mm512_set1_ps(*a);
+    __m128 four = !whole    ? _mm_maskz_loadu_ps((__mmask8)((1u << left / C) - 1), a)
+                  : C == 64 ? _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)a))
+                            : _mm_loadu_ps(a);
+    return _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(four));
+}
+
+/* LOOKUPS: of a step. Phase 0 puts x in their order: work is vectors [dot_m(M), steps, LOOKUPS]. */
+#define BNB__DOT4(NAME, TARGET, LOOKUPS, LOOKUP, PRODUCT, MAP, X)                                                      \
+BNB__INLINE TARGET void NAME##_step(const uint8_t *q, int64_t row_bytes, const __m512i *xs, int64_t x_row, const float *absmax, \
+                                    int64_t nb, __m512i map, __m512i pattern, int64_t left, __m512 *sum,               \
+                                    const int whole, const int C, const int M, const int R)                            \
+{                                                                                                                      \
+    __m512 part[8];                                                                                                    \
+    __m512i v[8], w[8];                                                                                                \
+    BNB__UNROLL for (int r = 0; r < R; r++) {                                                                          \
+        _mm_prefetch((const char *)(q + r * row_bytes + BNB__DOT_PREFETCH), _MM_HINT_T0);                              \
+        v[r] = whole ? _mm512_loadu_si512(q + r * row_bytes)                                                           \
+                     : _mm512_maskz_loadu_epi32((__mmask16)((1u << left / 8) - 1), q + r * row_bytes);                 \
+    }                                                                                                                  \
+    BNB__UNROLL for (int i = 0; i < R * M; i++) part[i] = _mm512_setzero_ps();                                         \
+    BNB__UNROLL for (int j = 0; j < LOOKUPS; j++) {                                                                    \
+        BNB__UNROLL for (int r = 0; r < R; r++) w[r] = LOOKUP(v[r], j, map);                                           \
+        BNB__UNROLL for (int m = 0; m < M; m++)                                                                        \
+            BNB__UNROLL for (int r = 0; r < R; r++) part[r * M + m] = PRODUCT(part[r * M + m], w[r], xs[m * x_row + j]); \
     }                                                                                                                  \
     BNB__UNROLL for (int r = 0; r < R; r++) {                                                                          \
-        const float *a = absmax + r * nb + (k >> shift);                                                               \
-        __m512 s = SCALE;                                                                                              \
+        __m512 s = bnb__dot4_scales(absmax + r * nb, pattern, left, whole, C);                                         \
         BNB__UNROLL for (int m = 0; m < M; m++) sum[r * M + m] = _mm512_fmadd_ps(part[r * M + m], s, sum[r * M + m]);  \
-    }
-    for (; k + 128 <= K; k += 128) {
-        BNB__UNROLL for (int r = 0; r < R; r++) _mm_prefetch((const char *)(q + r * (K / 2) + k / 2 + BNB__DOT_PREFETCH), _MM_HINT_T0);
-        BNB__STEP(_mm512_loadu_si512(q + r * (K / 2) + k / 2),
-                  C == 128 ? _mm512_set1_ps(*a)
-                           : _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(C == 64 ? _mm_castsi128_ps(_mm_loadl_epi64((const __m128i *)(const void *)a)) : _mm_loadu_ps(a))))
-    }
-    if (k < K) { /* half a step of 64, or less of 32 */
-        __mmask16 codes = (__mmask16)((1u << (K - k) / 8) - 1);
-        __mmask8 scales = (__mmask8)((1u << (K - k) / C) - 1);
-        BNB__STEP(_mm512_maskz_loadu_epi32(codes, q + r * (K / 2) + k / 2),
-                  _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(_mm_maskz_loadu_ps(scales, a))))
-    }
-#undef BNB__STEP
-    bnb__dot_store_512(l, n, sum, M, R);
+    }                                                                                                                  \
+}                                                                                                                      \
+BNB__INLINE TARGET void NAME##_rows(const bnb__linear *l, int64_t n, const __m512i *xs, const float *absmax /* [R, K / B] */, \
+                                    __m512i map, __m512i pattern, int shift, const int C, const int M, const int R)    \
+{                                                                                                                      \
+    const uint8_t *q = l->codes + n * (l->K / 2);                                                                      \
+    int64_t K = l->K, x_row = bnb__dot4_padded(K) / 128 * LOOKUPS, k = 0;                                              \
+    __m512 sum[8];                                                                                                     \
+    BNB__UNROLL for (int i = 0; i < R * M; i++) sum[i] = _mm512_setzero_ps();                                          \
+    for (; k + 128 <= K; k += 128)                                                                                     \
+        NAME##_step(q + k / 2, K / 2, xs + k / 128 * LOOKUPS, x_row, absmax + (k >> shift), K >> shift, map, pattern, 128, sum, 1, C, M, R); \
+    if (k < K) /* half a step of 64, or less of 32 */                                                                  \
+        NAME##_step(q + k / 2, K / 2, xs + k / 128 * LOOKUPS, x_row, absmax + (k >> shift), K >> shift, map, pattern, K - k, sum, 0, C, M, R); \
+    bnb__dot_store_512(l, n, sum, M, R);                                                                               \
+}                                                                                                                      \
+BNB__INLINE TARGET void NAME##_tile(const bnb__linear *l, int64_t n0, int64_t n1, const __m512i *xs, const float *absmax, \
+                                    const int C, const int M, const int R)                                             \
+{                                                                                                                      \
+    int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);                                                        \
+    int64_t nb = l->K >> shift, n = n0;                                                                                \
+    __m512i map = MAP(l->w->type), lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);      \
+    __m512i pattern = C == 32 ? _mm512_srli_epi32(lane, 2) : _mm512_srli_epi32(lane, 3);                               \
+    for (; n + R <= n1; n += R) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, R);           \
+    for (; n < n1; n++) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, 1);                   \
+}                                                                                                                      \
+static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)                                              \
+{                                                                                                                      \
+    bnb__linear l = bnb__linear_of(job->y);                                                                            \
+    __m512i *xs = (__m512i *)job->work;                                                                                \
+    if (phase == 0) {                                                                                                  \
+        const float *x = (const float *)(l.x + (tile < l.M ? tile : l.M - 1) * l.x_stride); /* rows beyond M: not stored */ \
+        __m512i *to = xs + tile * (bnb__dot4_padded(l.K) / 128) * LOOKUPS;                                             \
+        for (int64_t k = 0; k < l.K; k += 128)                                                                         \
+            for (int64_t j = 0; j < LOOKUPS; j++) *to++ = X(x + k, l.K - k, j ^ 1);                                    \
+        return;                                                                                                        \
+    }                                                                                                                  \
+    int64_t rows = bnb__dot_rows(l.w), n0 = tile * rows, n1 = n0 + rows < l.N ? n0 + rows : l.N;                       \
+    int64_t nb = l.K / l.w->quant.blocksize;                                                                           \
+    const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);                            \
+    switch (bnb__dot_m(l.M)) { /* R * M <= 8 sums are reduced together */                                              \
+    case 1: BNB__DOT4_TILE(NAME, 1, 1); break;                                                                         \
+    case 2: BNB__DOT4_TILE(NAME, 2, 2); break;                                                                         \
+    case 3: BNB__DOT4_TILE(NAME, 3, 2); break;                                                                         \
+    case 4: BNB__DOT4_TILE(NAME, 4, 2); break;                                                                         \
+    case 6: BNB__DOT4_TILE(NAME, 6, 1); break;                                                                         \
+    default: BNB__DOT4_TILE(NAME, 8, 1); break;                                                                        \
+    }                                                                                                                  \
 }
-
-BNB__INLINE BNB__AVX512 void bnb__dot4_tile_512(const bnb__linear *l, int64_t n0, int64_t n1, const float *xs,
-                                                const float *absmax, const int C, const int M, const int R)
-{
-    int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);
-    int64_t nb = l->K >> shift, n = n0;
-    __m512 map = _mm512_loadu_ps(l->w->type == BNB_NF4 ? bnb_nf4_map : bnb_fp4_map);
-    __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i pattern = C == 32 ? _mm512_srli_epi32(lane, 2) : _mm512_srli_epi32(lane, 3);
-    for (; n + R <= n1; n += R) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, R);
-    for (; n < n1; n++) bnb__dot4_rows_512(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, 1);
-}
-
-/* Phase 0 puts x in the order of the lookups: work is f32 [dot_m(M), Kp]. */
-static BNB__AVX512 void bnb__dot4_512(const bnb__job *job, int32_t phase, int64_t tile)
-{
-    bnb__linear l = bnb__linear_of(job->y);
-    float *xs = (float *)job->work;
-    if (phase == 0) {
-        const float *x = (const float *)(l.x + (tile < l.M ? tile : l.M - 1) * l.x_stride); /* rows beyond M: not stored */
-        int64_t Kp = bnb__dot4_padded(l.K);
-        const __m512i every8 = _mm512_set_epi32(120, 112, 104, 96, 88, 80, 72, 64, 56, 48, 40, 32, 24, 16, 8, 0);
-        for (int64_t k = 0; k < Kp; k += 16) { /* lane i: x[8 i + (j ^ 1)] of its 128 */
-            int64_t from = (k & ~(int64_t)127) + ((k >> 4 & 7) ^ 1), lanes = (l.K - (k & ~(int64_t)127)) / 8;
-            _mm512_store_ps(xs + tile * Kp + k, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), bnb__mask16(lanes), every8, x + from, 4));
-        }
-        return;
-    }
-    int64_t rows = bnb__dot_rows(l.w), n0 = tile * rows, n1 = n0 + rows < l.N ? n0 + rows : l.N;
-    int64_t nb = l.K / l.w->quant.blocksize;
-    const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);
-#define BNB__CALL(M, R)                                                                                                \
-    if (l.w->quant.blocksize == 32) bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 32, M, R);                              \
-    else if (l.w->quant.blocksize == 64) bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 64, M, R);                         \
-    else bnb__dot4_tile_512(&l, n0, n1, xs, absmax, 128, M, R)
-    BNB__DOT_SWITCH(l.M, BNB__CALL)
-#undef BNB__CALL
-}
+#define BNB__DOT4_TILE(NAME, M, R)                                                                                     \
+    if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, absmax, 32, M, R);                                     \
+    else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, absmax, 64, M, R);                                \
+    else NAME##_tile(&l, n0, n1, xs, absmax, 128, M, R)
+BNB__DOT4(bnb__dot4_512, BNB__AVX512, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
+BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
 
 static int64_t bnb__dot4_tiles_512(const bnb_tensor *y, int32_t phase)
 {
     return phase == 0 ? bnb__dot_m(y->src[0]->shape[0]) : bnb__dot_tiles(y->src[1]);
 }
 
-static uint64_t bnb__dot4_work_512(const bnb_tensor *y)
+static uint64_t bnb__dot4_work_512(const bnb_tensor *y) /* enough for both: bf16 needs half */
 {
     return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * bnb__dot4_padded(y->src[1]->shape[1])) * 4;
 }
@@ -3689,12 +3723,14 @@ static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase)
     return (y->shape[1] + columns - 1) / columns;
 }
 
-#define BNB__ROW_DOT4(name, type) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, bnb__dot4_512}
+#define BNB__ROW_DOT4(name, type, compute, cpu, run) {name, BNB_OP_LINEAR, type, compute, 1, 8, cpu, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, run}
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
 #define BNB__ROW_GEMM(name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, 9, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
 static const bnb__kernel bnb__fast_kernels[] = {
-    BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4),
-    BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4),
+    BNB__ROW_DOT4("linear_nf4_dot_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
+    BNB__ROW_DOT4("linear_fp4_dot_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
+    BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512, bnb__dot4_512),
+    BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4, -1, BNB_CPU_AVX512, bnb__dot4_512),
     BNB__ROW_DOT("linear_f16_dot_avx512", BNB_F16, bnb__dot_f16_512),
     BNB__ROW_DOT("linear_bf16_dot_avx512", BNB_BF16, bnb__dot_bf16_512),
     BNB__ROW_DOT("linear_f32_dot_avx512", BNB_F32, bnb__dot_f32_512),
@@ -4113,7 +4149,7 @@ typedef struct bnb__cpu_plan {
     const bnb_plan_params *params;
     const bnb__kernel **kernels; /* [n_nodes]; NULL for views */
     bnb__step *steps;            /* [n_steps] */
-    _Atomic int64_t *next;       /* [n_steps]: tiles handed out */
+    _Atomic int64_t *next;       /* [n_steps, n_threads]: the next tile of a thread's stretch */
     int32_t n_steps;
     uint64_t bytes;              /* of this allocation */
     uint64_t work, local;        /* scratch: shared, and for each thread */
@@ -4131,7 +4167,7 @@ static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_para
     }
     bnb_env *env = dev;
     uint64_t n = (uint64_t)g->n_nodes;
-    uint64_t bytes = sizeof(bnb__cpu_plan) + n * sizeof(bnb__kernel *) + n * MAX_PHASES * (sizeof(bnb__step) + sizeof(int64_t));
+    uint64_t bytes = sizeof(bnb__cpu_plan) + n * sizeof(bnb__kernel *) + n * MAX_PHASES * (sizeof(bnb__step) + (uint64_t)env->pool.n * sizeof(int64_t));
     bnb__cpu_plan *p = bnb_alloc(env, bytes, err);
     if (!p) return NULL;
     p->env = env;
@@ -4140,7 +4176,7 @@ static void *bnb__cpu_compile(void *dev, const bnb_graph *g, const bnb_plan_para
     p->bytes = bytes;
     p->steps = (bnb__step *)(p + 1);
     p->next = (_Atomic int64_t *)(p->steps + n * MAX_PHASES);
-    p->kernels = (const bnb__kernel **)(p->next + n * MAX_PHASES);
+    p->kernels = (const bnb__kernel **)(p->next + n * MAX_PHASES * (uint64_t)env->pool.n);
     for (int32_t i = 0; i < g->n_nodes; i++) {
         const bnb_tensor *y = g->nodes[i];
         if (bnb__ops[y->op].flags & BNB__VIEW) continue;
@@ -4185,20 +4221,25 @@ static bnb_status bnb__check_indices(const bnb_graph *g, bnb_error *err) {
     return BNB_OK;
 }
 
-/* Runs of steps with a single tile (decoding has many) stay on thread 0 without barriers between them. */
+/* Where the stretch of tiles begins that belongs to a thread: neighbours read memory that follows each other. */
+static int64_t bnb__stretch(const bnb__step *s, int32_t ith, int32_t nth) { return s->tiles * ith / nth; }
+
+/* A thread takes the tiles of its own stretch, then what others have left of theirs. Runs of steps with a single tile
+ * (decoding has many) stay on thread 0 without barriers between them. */
 static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
     bnb__cpu_plan *p = arg;
     double start = ith == 0 && p->times ? bnb__seconds() : 0;
-    (void)nth;
     for (int32_t s = 0; s < p->n_steps; s++) {
         bnb__step *step = &p->steps[s];
         int serial = step->tiles <= 1;
         bnb__job job = {step->y, p->scratch, p->scratch + p->work + p->local * (uint64_t)ith};
-        if (!serial)
-            for (int64_t i; (i = atomic_fetch_add_explicit(&p->next[s], 1, memory_order_relaxed)) < step->tiles;)
+        for (int32_t j = 0; !serial && j < nth; j++) {
+            int32_t whose = (ith + j) % nth;
+            int64_t end = bnb__stretch(step, whose + 1, nth);
+            for (int64_t i; (i = atomic_fetch_add_explicit(&p->next[s * nth + whose], 1, memory_order_relaxed)) < end;)
                 step->kernel->run(&job, step->phase, i);
-        else if (ith == 0 && step->tiles)
-            step->kernel->run(&job, step->phase, 0);
+        }
+        if (serial && ith == 0 && step->tiles) step->kernel->run(&job, step->phase, 0);
         if (!serial || (s + 1 < p->n_steps && p->steps[s + 1].tiles > 1)) bnb__barrier(&p->env->pool);
         if (ith == 0 && p->times) {
             double now = bnb__seconds();
@@ -4214,7 +4255,8 @@ static bnb_status bnb__cpu_run(void *dev, void *compiled, void *scratch, double 
     if (s) return s;
     p->scratch = scratch;
     p->times = times;
-    for (int32_t i = 0; i < p->n_steps; i++) atomic_store_explicit(&p->next[i], 0, memory_order_relaxed);
+    for (int32_t i = 0, n = p->env->pool.n; i < p->n_steps * n; i++)
+        atomic_store_explicit(&p->next[i], bnb__stretch(&p->steps[i / n], i % n, n), memory_order_relaxed);
     if (times) memset(times, 0, (size_t)p->graph->n_nodes * sizeof *times);
     bnb__team(dev, bnb__cpu_team, p);
     for (int32_t i = 0; i < p->params->n_feeds; i++) {

@@ -347,8 +347,8 @@ bnb_tensor *bnb_graph_node(const bnb_graph *g, int32_t i);    /* NULL outside [0
 typedef struct bnb_plan bnb_plan; /* owned by its env; free it before the ctx of its graph. A graph has one plan at a time */
 
 enum {
-    BNB_COMPUTE_AUTO = -1 /* what is fastest at full accuracy. CPU: f32, and bf16 for prompts where it multiplies bf16.
-                             GPU: f16 products summed in f32; f32 if the weights are f32                            */
+    BNB_COMPUTE_AUTO = -1 /* what is fastest. CPU: f32; where it multiplies bf16 that, summed in f32, for 4-bit weights and
+                             for prompts. GPU: f16 products summed in f32. f32 if the weights are f32               */
 };
 
 /* What a plan feeds back: after a run, to[i] = from[i] + add[i % 2]. Both are i32 of one size, `to` an input of the graph

@@ -553,7 +553,7 @@ struct ModelOptions {
             {"--device", "NAME", &device, "auto, cpu, cuda, cuda:1, hip; auto takes a GPU that works"},
             {"--device-map", "SPEC", &device_map, "where layers go: auto or cpu; other maps are not offered yet"},
             {"--compute-dtype", "auto|f32|bf16|f16", &compute,
-             "what linear layers compute in; auto: what is fastest at full accuracy here"},
+             "what linear layers compute in; auto: what is fastest here, summed in f32"},
             {"-ctk, --cache-type, --kv-type", "auto|f16|f32|int8", &cache_type,
              "type of the KV cache; auto: f32 if the weights are f32, else f16; int8: half of f16's size"},
             {"--outlier-rule", "column|row", &outlier_rule,

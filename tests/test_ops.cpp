@@ -424,9 +424,10 @@ Floats run_case(Env &env, int32_t op, int32_t type, int64_t T, uint64_t seed, in
     net.prepare({c.y});
     net.again();
     Floats got = net.read(c.read ? c.read : c.y);
-    // bf16 where it was asked for, or in prompts where the CPU multiplies bf16 and the weight is not f32
+    // bf16 where it was asked for; where the CPU multiplies bf16 also for 4-bit weights, and in prompts for all but f32
     bool bf16_here = (bnb_env_cpu(env) & (BNB_CPU_AVX512_BF16 | BNB_CPU_AMX)) != 0;
-    bool bf16 = c.may_be_bf16 && (compute == BNB_BF16 || (compute == BNB_COMPUTE_AUTO && T > 1 && type != BNB_F32 && bf16_here));
+    bool chosen = compute == BNB_COMPUTE_AUTO && type != BNB_F32 && bf16_here && (T > 1 || bnb_type_bits(type) == 4);
+    bool bf16 = c.may_be_bf16 && (compute == BNB_BF16 || chosen);
     double error = relative_error(got, c.want()), most = bf16 ? 6e-3 : c.tolerance;
     CHECK_MESSAGE(error <= most, "relative error ", error, " is more than ", most, "\n", net.describe());
     return got;
