@@ -512,15 +512,15 @@ struct PlaneSum {
     static void sum(void *self, int64_t i) {
         PlaneSum &p = *static_cast<PlaneSum *>(self);
         const uint64_t end = std::min(p.bytes, uint64_t(i + 1) * part);
-        Vector s[4] = {}, v[4]; // the planes of a file are aligned to an element only
+        Vector a = {}, b = {}, c = {}, d = {}, v[4]; // the planes of a file are aligned to an element only
         for (uint64_t at = uint64_t(i) * part; at < end; at += sizeof v) {
             const size_t n = size_t(std::min<uint64_t>(sizeof v, end - at));
             if (n < sizeof v) memset(v, 0, sizeof v);
             memcpy(v, p.data + at, n);
-            for (int j = 0; j < 4; j++) s[j] += v[j];
+            a += v[0], b += v[1], c += v[2], d += v[3];
         }
-        s[0] += s[1] + s[2] + s[3];
-        for (int j = 0; j < 8; j++) p.sums[size_t(i)] += s[0][j];
+        a += b + c + d;
+        p.sums[size_t(i)] += a[0] + a[1];
     }
 };
 

@@ -381,7 +381,7 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
     Caches caches;
     if (!caches_create(m, n_ctx, &caches, err)) return false;
     *out = {};
-    bool bf16 = false;
+    bool bf16 = false, bf16_tokens = false;
     for (int64_t rows : {int64_t{1}, std::min<int64_t>(m.params.n_batch, n_ctx)}) {
         Step s;
         if (!step_create(m, m.backend, caches, {rows, 1, false, {}}, &s, err)) return false;
@@ -390,10 +390,12 @@ bool measure(const bnb_model &m, int64_t n_ctx, bnb_memory *out, std::string *co
         *out = {one.weights, one.state, out->work + one.work};
         std::string text(bnb_plan_describe(s.plan.get(), nullptr, 0) + 1, '\0');
         bnb_plan_describe(s.plan.get(), &text[0], text.size());
-        bf16 = text.find("_gemm_bf16") != std::string::npos || text.find("_amx") != std::string::npos; // kernels of bf16 products
+        auto has = [&](const char *name) { return text.find(name) != std::string::npos; };
+        bf16 = has("_gemm_bf16") || has("_amx"); // kernels of bf16 products
+        bf16_tokens = bf16_tokens || has("_dot_bf16");
     }
     bool f16 = !on_cpu(m) && m.params.compute_dtype != BNB_F32 && m.info.linear_type != BNB_F32;
-    if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : f16 ? "f16" : bf16 ? "f32, bf16 for prompts" : "f32";
+    if (compute) *compute = m.info.linear_type == BNB_INT8 ? "int8" : f16 ? "f16" : bf16_tokens ? "bf16" : bf16 ? "f32, bf16 for prompts" : "f32";
     return true;
 }
 

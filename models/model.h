@@ -53,7 +53,7 @@ void bnb_model_free(bnb_model *model);
 void bnb_model_get_info(const bnb_model *model, bnb_model_info *info); /* info->struct_size is set by the caller */
 bnb_env *bnb_model_env(const bnb_model *model);
 bnb_backend *bnb_model_backend(const bnb_model *model); /* the device that it runs on; the model's */
-const char *bnb_model_compute(const bnb_model *model); /* "f32", "f32, bf16 for prompts": what linear layers compute in */
+const char *bnb_model_compute(const bnb_model *model); /* "f32", "f32, bf16 for prompts", "bf16": what linear layers multiply */
 /* Bytes that a session of n_ctx tokens would need, without reading or allocating any weight. */
 bnb_status bnb_model_memory(const bnb_model *model, int64_t n_ctx, bnb_memory *out, bnb_error *err);
 int32_t bnb_model_tensor_count(const bnb_model *model);
