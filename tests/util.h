@@ -15,6 +15,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <map>
@@ -636,7 +637,7 @@ inline bool same_bits(const Floats &a, const Floats &b) {
 
 // ---- files -----------------------------------------------------------------------------------------------------------
 
-class TempDir { // removed with the files in it
+class TempDir { // removed with all that is in it
 public:
     TempDir() {
         const char *base = std::getenv("TMPDIR");
@@ -645,8 +646,8 @@ public:
         path_ = name;
     }
     ~TempDir() {
-        for (const std::string &f : list(path_)) ::unlink(f.c_str());
-        ::rmdir(path_.c_str());
+        std::error_code ignored;
+        std::filesystem::remove_all(path_, ignored);
     }
     TempDir(const TempDir &) = delete;
     TempDir &operator=(const TempDir &) = delete;
