@@ -31,6 +31,7 @@
 #include <initializer_list>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <unordered_map>
 #include <vector>
 
@@ -5043,49 +5044,54 @@ cudaError_t attention_widen_launch(cudaStream_t stream, Attention *a, bool pdl) 
     return e;
 }
 
+/* What prompt kernels are compiled for: calls f(a constant, the first of these that is at least D). */
+constexpr int prompt_heads[] = {64, 80, 96, 128, 256};
+template <int I = 0, class F> cudaError_t for_head(int D, F f) {
+    if constexpr (I + 1 < (int)(sizeof prompt_heads / sizeof *prompt_heads))
+        if (D > prompt_heads[I]) return for_head<I + 1>(D, f);
+    return f(std::integral_constant<int, prompt_heads[I]>{});
+}
+
+/* decode(uint4 or uint2, by which the cache is read); prompt(a over an f16 cache, head size) */
+template <class Decode, class Prompt>
+cudaError_t attention_by(cudaStream_t stream, Attention a, bool pdl, Decode decode, Prompt prompt) {
+    if (!attention_fits(a)) return cudaErrorInvalidValue;
+    if (a.T <= decode_most) return a.kv_int8 ? decode(uint2{}) : decode(uint4{});
+    if (a.kv_int8)
+        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
+    return for_head(a.D, [&](auto dp) { return prompt(a, dp); });
+}
+
 cudaError_t attention_init(int device) { /* the current one */
     int major = 0;
     cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
     if (!e && major != 9) e = cudaErrorNoKernelImageForDevice; /* sm_90a code runs on nothing else */
-    const auto allow = [&](auto kernel, int bytes) {
-        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    };
-    allow(attention_prompt<64>, PromptShape<64>::shared), allow(attention_prompt<80>, PromptShape<80>::shared);
-    allow(attention_prompt<96>, PromptShape<96>::shared), allow(attention_prompt<128>, PromptShape<128>::shared);
-    allow(attention_prompt<256>, PromptShape<256>::shared);
+    for (int D : prompt_heads)
+        if (!e) e = for_head(D, [](auto dp) {
+            return cudaFuncSetAttribute(attention_prompt<dp()>, cudaFuncAttributeMaxDynamicSharedMemorySize, PromptShape<dp()>::shared);
+        });
     return e;
 }
 
-template <class Packed> cudaError_t attention_decode_any(cudaStream_t stream, const Attention &a, bool pdl) {
-    return a.D <= 64    ? attention_decode_launch<8, Packed>(stream, a, pdl)
-           : a.D <= 128 ? attention_decode_launch<16, Packed>(stream, a, pdl)
-                        : attention_decode_launch<32, Packed>(stream, a, pdl);
-}
-
-cudaError_t attention(cudaStream_t stream, Attention a, bool pdl) {
-    if (!attention_fits(a)) return cudaErrorInvalidValue;
-    if (a.T <= decode_most)
-        return a.kv_int8 ? attention_decode_any<uint2>(stream, a, pdl) : attention_decode_any<uint4>(stream, a, pdl);
-    if (a.kv_int8)
-        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
-    return a.D <= 64    ? attention_prompt_launch<64>(stream, a, pdl)
-           : a.D <= 80  ? attention_prompt_launch<80>(stream, a, pdl)
-           : a.D <= 96  ? attention_prompt_launch<96>(stream, a, pdl)
-           : a.D <= 128 ? attention_prompt_launch<128>(stream, a, pdl)
-                        : attention_prompt_launch<256>(stream, a, pdl);
+cudaError_t attention(cudaStream_t stream, const Attention &a, bool pdl) {
+    return attention_by(
+        stream, a, pdl,
+        [&](auto packed) {
+            using Packed = decltype(packed);
+            return a.D <= 64    ? attention_decode_launch<8, Packed>(stream, a, pdl)
+                   : a.D <= 128 ? attention_decode_launch<16, Packed>(stream, a, pdl)
+                                : attention_decode_launch<32, Packed>(stream, a, pdl);
+        },
+        [&](const Attention &f16, auto dp) { return attention_prompt_launch<dp()>(stream, f16, pdl); });
 }
 
 /* The same for every GPU since sm_80. */
 cudaError_t attention_mma_init() { /* for the current device */
     cudaError_t e = cudaSuccess;
-    const auto allow = [&](auto kernel, int bytes) {
-        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    };
-    allow(attention_prompt_mma<64>, PromptMmaShape<64>::shared);
-    allow(attention_prompt_mma<80>, PromptMmaShape<80>::shared);
-    allow(attention_prompt_mma<96>, PromptMmaShape<96>::shared);
-    allow(attention_prompt_mma<128>, PromptMmaShape<128>::shared);
-    allow(attention_prompt_mma<256>, PromptMmaShape<256>::shared);
+    for (int D : prompt_heads)
+        if (!e) e = for_head(D, [](auto dp) {
+            return cudaFuncSetAttribute(attention_prompt_mma<dp()>, cudaFuncAttributeMaxDynamicSharedMemorySize, PromptMmaShape<dp()>::shared);
+        });
     return e;
 }
 
@@ -5094,24 +5100,17 @@ size_t attention_scratch(const Attention &a, int n_sm) {
     return n > 1 ? (size_t)a.T * a.n_head * n * (a.D + 2) * sizeof(float) : 0;
 }
 
-template <class Packed> cudaError_t attention_split_any(cudaStream_t stream, const Attention &a, bool pdl) {
-    const Split s = attention_split(a, multiprocessors());
-    return s.lanes == 8    ? attention_split_launch<8, Packed>(stream, s, pdl)
-           : s.lanes == 16 ? attention_split_launch<16, Packed>(stream, s, pdl)
-                           : attention_split_launch<32, Packed>(stream, s, pdl);
-}
-
-cudaError_t attention_mma(cudaStream_t stream, Attention a, bool pdl) {
-    if (!attention_fits(a)) return cudaErrorInvalidValue;
-    if (a.T <= decode_most)
-        return a.kv_int8 ? attention_split_any<uint2>(stream, a, pdl) : attention_split_any<uint4>(stream, a, pdl);
-    if (a.kv_int8)
-        if (const cudaError_t e = attention_widen_launch(stream, &a, pdl)) return e;
-    return a.D <= 64    ? attention_prompt_mma_launch<64>(stream, a, pdl)
-           : a.D <= 80  ? attention_prompt_mma_launch<80>(stream, a, pdl)
-           : a.D <= 96  ? attention_prompt_mma_launch<96>(stream, a, pdl)
-           : a.D <= 128 ? attention_prompt_mma_launch<128>(stream, a, pdl)
-                        : attention_prompt_mma_launch<256>(stream, a, pdl);
+cudaError_t attention_mma(cudaStream_t stream, const Attention &a, bool pdl) {
+    return attention_by(
+        stream, a, pdl,
+        [&](auto packed) {
+            using Packed = decltype(packed);
+            const Split s = attention_split(a, multiprocessors());
+            return s.lanes == 8    ? attention_split_launch<8, Packed>(stream, s, pdl)
+                   : s.lanes == 16 ? attention_split_launch<16, Packed>(stream, s, pdl)
+                                   : attention_split_launch<32, Packed>(stream, s, pdl);
+        },
+        [&](const Attention &f16, auto dp) { return attention_prompt_mma_launch<dp()>(stream, f16, pdl); });
 }
 
 } // namespace tile8
@@ -5506,7 +5505,7 @@ bool fits_tile4_dense(const Compiled &plan, const Step &s) {
            (plan.device->tiles ? M > (size <= 1 << 25 ? 512 : 1024) : M >= 256);
 }
 // Rows of a weight that are f16 at the same time, whole blocks of 64: as many as DENSE_CHUNK holds.
-constexpr int64_t DENSE_CHUNK = 64 << 20; // twice that is 1 % faster
+constexpr int64_t DENSE_CHUNK = 64 << 20; // whole matrices are less than 1 % faster
 int64_t dense_rows(const bnb_tensor *w) { return std::max<int64_t>(DENSE_CHUNK / (w->shape[1] * 2) / 64 * 64, 64); }
 uint64_t dense_bytes(const Step &s) {
     uint64_t most = 0;
