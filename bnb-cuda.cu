@@ -939,10 +939,11 @@ namespace tile4 {
 //
 // Weights in 4 bits are kept in an invertible permutation of codes and absmax, made once at load (tile4_pack). A block
 // of 64 rows is a sequence of tiles along K; a tile is 64 rows by 64 columns, four units of 16 rows, 576 bytes each:
-//     [0, 512)    for lane 4 g + t of a warp 16 bytes: from row g, then from row g + 8, the bytes 8 s + t and
+//     [0, 512)    for lane 4 g + t of a warp 16 bytes: from row 2 g, then from row 2 g + 1, the bytes 8 s + t and
 //                 8 s + t + 4, s = 0..3, of the 32 bytes that hold the row's 64 codes. These are the A fragments of
-//                 four m16k16 tensor core steps with k in natural order; a byte's high nibble is the even column.
-//     [512, 576)  f32 absmax [8][2]: for g = 0..7 of row g and of row g + 8
+//                 four m16k16 tensor core steps with k in natural order; a byte's high nibble is the even column. What
+//                 the tensor cores take for rows g and g + 8 are neighbours, and so are a lane's two rows of y.
+//     [512, 576)  f32 absmax [16]
 // After the tiles: f32 row_scale [blocks * 64], for each row a power of two no less than its largest absmax.
 // Rows past N have codes and absmax 0.
 //
@@ -950,19 +951,19 @@ namespace tile4 {
 // pairs once per bank, so that no two lanes ever conflict. Sums are always taken in the same order.
 //     linear4_row    M = 1: the warps of a block split K; copies fill a private ring of units per warp; mma.sync, and
 //                    each group of 64 columns is multiplied by its exact f32 absmax. The norm in front is its own.
-//     linear4_small  M <= 16: the same with x in shared memory; on Hopper two blocks fetch x for each other.
+//     linear4_small  M <= 8: the same with x in shared memory; on Hopper two blocks fetch x for each other.
 //                    Hopper and sm_80 share both: they differ in how bytes reach the ring, and in how much shared
 //                    memory there is for it.
 //     linear4_wgmma  Hopper, any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into
-//                    the A registers of wgmma while the step before runs. absmax / row_scale is multiplied into the
-//                    f16 weights, so that the accumulators sum over all of K. K may be split over the warpgroups of
-//                    a block and over a cluster.
+//                    the A registers of wgmma while the step before, or another warpgroup's, runs. absmax / row_scale
+//                    is multiplied into the f16 weights, so that the accumulators sum over all of K. K may be split
+//                    over the warpgroups of a block and over a cluster, or a cluster fetches x together.
 //     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
 //                    block split K.
 // Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share only how x is staged:
 // TMA swizzles rows into shared memory, while lanes can load their fragments straight into registers.
 
-enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu };
+enum Activation { kActNone, kActRelu, kActGelu, kActGeluTanh, kActSilu }; // after relu: smooth ones
 enum Norm { kNormNone, kNormLayer, kNormRms };
 
 // What all linear calls share: y[m][n] = act(sum_k x[m][k] w[n][k] + bias[n]) + residual[m][n].
@@ -970,7 +971,7 @@ struct LinearCall {
     int M, K;
     const void *x; // f16 or f32 [M, K], rows ldx elements apart; 16-byte aligned, ldx % 8 == 0
     long ldx;
-    int x_f32;             // only where M <= 16; x is rounded to f16 on the way into the tensor cores
+    int x_f32;             // only where M <= 8;  x is rounded to f16 on the way into the tensor cores
     int norm_kind;         // only where M == 1: the weights multiply the norm of x
     const float *norm_w;   // f32 [K]
     const float *norm_b;   // f32 [K], layer norm only, may be null
@@ -1016,6 +1017,7 @@ constexpr int kMaxShared = 227 * 1024;
 
 __host__ __device__ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int max_of(int a, int b) { return a > b ? a : b; }
+__host__ __device__ constexpr int min_of(int a, int b) { return a < b ? a : b; }
 __host__ __device__ constexpr int blocks_of(int N) { return ceil_div(N, kBlockRows); }
 __host__ __device__ constexpr size_t block_bytes(int K) { return (size_t)(K / kGroup) * kTileBytes; }
 
@@ -1038,7 +1040,7 @@ __global__ void tile4_kernel(uint8_t *codes, float *absmax, int blocksize, int N
     for (size_t i = blockIdx.x * (size_t)blockDim.x + threadIdx.x; i < total; i += (size_t)gridDim.x * blockDim.x) {
         const int half = i & 1, t = i >> 1 & 3, g = i >> 3 & 7, quarter = i >> 6 & 3;
         const int group = (i >> 8) % groups, block = (i >> 8) / groups;
-        const int row = block * kBlockRows + quarter * kUnitRows + g + half * 8;
+        const int row = block * kBlockRows + quarter * kUnitRows + 2 * g + half;
         char *unit = units + (i >> 6) * kUnitBytes;
         uint8_t *packed = (uint8_t *)unit + (4 * g + t) * 16 + half * 8;
         float *scale = (float *)(unit + kCodeBytes) + 2 * g + half;
@@ -1171,6 +1173,23 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map,
                  : "memory");
 }
 
+// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
+__device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
+                                                 uint32_t blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"((uint16_t)blocks)
+                 : "memory");
+}
+
+// At the barrier in the same place of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t r;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
@@ -1188,14 +1207,36 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 
-__device__ __forceinline__ float4 cluster_load(uint32_t address, uint32_t rank) {
-    float4 v;
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+__device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank) {
+    float2 v;
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [remote];}"
+                 : "=f"(v.x), "=f"(v.y)
                  : "r"(address), "r"(rank)
                  : "memory");
     return v;
+}
+
+__device__ __forceinline__ float2 load_shared2(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared2(uint32_t address, const float2 &v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+// Brings bytes (a multiple of 16, from an address that is one) to the second-level cache.
+__device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
 }
 
 // Four 8 x 8 matrices of f16: lane l gives the address of row l % 8 of matrix l / 8.
@@ -1346,20 +1387,29 @@ template <int kStride> __device__ __forceinline__ void fill_table(char *table, c
         *(uint4 *)(table + byte * kStride + ((thread + 2 * i) & 7) * 16) = make_uint4(pair, pair, pair, pair);
 }
 
-// A lane's 16 bytes of a unit's codes to the A fragments of four k16 steps; bank: 4 * lane. With a stride of 256 one
-// byte permutation puts the byte of codes above the bank, with 128 it takes two instructions.
-template <int kStride>
-__device__ __forceinline__ void decode(const uint4 &codes, const char *table, uint32_t bank, uint32_t (&a)[16]) {
+// A lane's 16 bytes of a unit's codes to the A fragments of four k16 steps: value(word, j) is the half2 of its byte j.
+template <class F> __device__ __forceinline__ void decode_with(const uint4 &codes, uint32_t (&a)[16], F value) {
     const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i)
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            uint32_t entry;
-            if (kStride == 256) entry = __byte_perm(word[i], bank, 0x5504 | j << 4);
-            else entry = ((j == 0 ? word[i] << 7 : word[i] >> (8 * j - 7)) & 0x7f80) | bank;
-            a[(i & 1) * 8 + (i >> 1) + 2 * j] = *(const uint32_t *)(table + entry);
-        }
+        for (int j = 0; j < 4; ++j) a[(i & 1) * 8 + (i >> 1) + 2 * j] = value(word[i], j);
+}
+
+// table: the shared address of a table with a stride of 128, and 4 * lane. Shared addresses save an addition for each.
+__device__ __forceinline__ void decode(const uint4 &codes, uint32_t table, uint32_t (&a)[16]) {
+    decode_with(codes, a, [&](uint32_t word, int j) {
+        uint32_t pair;
+        asm("ld.shared.u32 %0, [%1];" : "=r"(pair) : "r"(__byte_perm(word, 0, 0x4440 | j) * 128 + table));
+        return pair;
+    });
+}
+
+// table: with a stride of 256, where one byte permutation puts the byte of codes above the bank, 4 * lane.
+__device__ __forceinline__ void decode(const uint4 &codes, const char *table, uint32_t bank, uint32_t (&a)[16]) {
+    decode_with(codes, a, [&](uint32_t word, int j) {
+        return *(const uint32_t *)(table + __byte_perm(word, bank, 0x5504 | j << 4));
+    });
 }
 
 // Among the first kThreads threads: all but the producer, where there is one.
@@ -1399,8 +1449,8 @@ __device__ __forceinline__ NormWeights norm_weights(const LinearCall &a, int k) 
     return n;
 }
 
-// The one row of x, or its norm, as f16, given to put(column, 8 columns). A thread's first 8 columns stay in registers
-// between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8, loaded while the
+// The one row of x, or its norm, as f16, given to put(column, 8 columns). Of f32 a thread's first 8 columns stay in
+// registers between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8, loaded while the
 // kernel before still ran. asked() is called once x is asked for; scratch: f32 [64].
 template <int kThreads, class Put, class Asked>
 __device__ __forceinline__ void stage_row(const LinearCall &a, const NormWeights &early, float *scratch, Put put,
@@ -1408,15 +1458,22 @@ __device__ __forceinline__ void stage_row(const LinearCall &a, const NormWeights
     const float *x = (const float *)a.x;
     const int first = threadIdx.x * 8;
     float4 p = make_float4(0, 0, 0, 0), q = p;
-    if (first < a.K) p = load4(x, a.x_f32 ? first : first / 2); // of f16 all 8 columns
-    if (first < a.K && a.x_f32) q = load4(x, first + 4);
+    constexpr int kMore = ceil_div(kNormMax, 8 * kThreads);
+    float4 half8[kMore]; // of f16: 8 columns each, all of a thread's
+    if (a.x_f32) {
+        if (first < a.K) p = load4(x, first), q = load4(x, first + 4);
+    } else {
+#pragma unroll
+        for (int i = 0; i < kMore; ++i)
+            if (first + i * 8 * kThreads < a.K) half8[i] = load4(x, (first + i * 8 * kThreads) / 2);
+    }
     asked();
     if (!a.x_f32) {
-#pragma unroll 1
-        for (int k = first; k < a.K; k += 8 * kThreads) {
-            if (k > first) p = load4(x, k / 2);
-            put(k, make_uint4(__float_as_uint(p.x), __float_as_uint(p.y), __float_as_uint(p.z), __float_as_uint(p.w)));
-        }
+#pragma unroll
+        for (int i = 0; i < kMore; ++i)
+            if (first + i * 8 * kThreads < a.K)
+                put(first + i * 8 * kThreads, make_uint4(__float_as_uint(half8[i].x), __float_as_uint(half8[i].y),
+                                                         __float_as_uint(half8[i].z), __float_as_uint(half8[i].w)));
         return;
     }
     float mean = 0, scale = 1;
@@ -1480,6 +1537,83 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
     if (a.M > 1) stage_rows<kThreads>(a, put);
     else stage_row<kThreads>(a, early, scratch, [&](int k, uint4 v) { put(0, k, v); }, [] {});
 }
+
+// y[m][n], y[m][n + 1] for one n, of which n_valid exist, and for rows m that are `step` apart. Both at once where they lie
+// so, as nearly always; what is rare is kept out of the way.
+struct PairOut {
+    const Linear4 &a;
+    const Linear4Part &out;
+    const int n, n_valid;
+    const float2 scale;
+    float2 bias = {};
+    bool wide;
+
+    __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid, const float2 &scale)
+        : a(a), out(out), n(n), n_valid(n_valid), scale(scale) {
+        wide = n_valid > 1 && out.ldy % 2 == 0 && (!a.residual || (a.ldr % 2 == 0 && ((uintptr_t)a.residual & 7) == 0));
+        if (out.bias && n_valid > 0) bias.x = out.bias[n];
+        if (out.bias && n_valid > 1) bias.y = out.bias[n + 1];
+    }
+    __device__ __noinline__ static void write_narrow(const Linear4 &a, const Linear4Part &out, int m, int n, float v) {
+        if (a.residual) v += a.residual[m * a.ldr + n];
+        store_y(out.y, (size_t)m * out.ldy + n, v, a.y_f32);
+    }
+    // Row i of `count`, with sum(i). kBatch rows at a time take each step together, so that little waits for little; the
+    // residuals of the first are under way before ready().
+    template <int kBatch, class Sum, class Ready>
+    __device__ __forceinline__ void write(int m, int step, int count, Ready ready, Sum sum) const {
+        const int size = a.y_f32 ? 4 : 2, act = a.act;
+        const bool adds = wide && a.residual;
+        const long add_step = step * a.ldr * 4, y_step = step * out.ldy * size;
+        const char *from = (const char *)(a.residual + m * a.ldr + n);
+        char *to = (char *)out.y + (m * out.ldy + n) * size;
+        count = min(count, (a.M - m + step - 1) / step);
+        float2 add[kBatch], v[kBatch];
+        auto load = [&](int left) {
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j, from += add_step) {
+                add[j] = make_float2(0, 0);
+                if (adds && j < left) add[j] = *(const float2 *)from;
+            }
+        };
+        load(count);
+        ready();
+#pragma unroll 1
+        for (int i = 0; i < count;) {
+            const int left = count - i;
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j) v[j] = sum(i + min(j, left - 1));
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x * scale.x + bias.x, v[j].y * scale.y + bias.y);
+            if (act == kActRelu) {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(fmaxf(v[j].x, 0.0f), fmaxf(v[j].y, 0.0f));
+            } else if (act != kActNone) {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
+            }
+#pragma unroll
+            for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x + add[j].x, v[j].y + add[j].y);
+            if (!wide) {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) {
+                    if (j < left && n_valid > 0) write_narrow(a, out, m + (i + j) * step, n, v[j].x);
+                    if (j < left && n_valid > 1) write_narrow(a, out, m + (i + j) * step, n + 1, v[j].y);
+                }
+            } else if (size == 4) {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j, to += y_step)
+                    if (j < left) *(float2 *)to = v[j];
+            } else {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j, to += y_step)
+                    if (j < left) *(uint32_t *)to = half2_bits(v[j].x, v[j].y);
+            }
+            i += kBatch;
+            if (i < count) load(count - i);
+        }
+    }
+};
 
 // y[m][n .. n + 4] = act(v * scale + bias) + residual, of which the first n_valid exist.
 __device__ __forceinline__ void write4(const Linear4 &a, const Linear4Part &out, int m, int n, int n_valid,
@@ -1552,7 +1686,7 @@ template <int kUnits, int kGroups> struct Ring {
 #endif
     }
 
-    // The current stage into registers: a lane's codes, and absmax of rows g and g + 8. It is free after a __syncwarp.
+    // The current stage into registers: a lane's codes, and absmax of rows 2 g and 2 g + 1. It is free after a __syncwarp.
     __device__ __forceinline__ void take(uint4 (&codes)[kGroups][kUnits], float2 (&absmax)[kGroups][kUnits], int lane) {
 #ifdef BNB__HOPPER
         barrier_wait(full + stage * 8, parity);
@@ -1690,7 +1824,7 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
     int chunk = warp;
     uint32_t b[8] = {};
     for (int band = 0; band < bands.n; ++band, chunk -= chunks) {
-        float sum[kUnits][2] = {}; // rows g and g + 8, of lanes t == 0
+        float sum[kUnits][2] = {}; // rows 2 g and 2 g + 1, of lanes t == 0
         for (; chunk < chunks; chunk += kWarps) {
             uint4 codes[kGroups][kUnits];
             float2 absmax[kGroups][kUnits];
@@ -1706,7 +1840,7 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
 #pragma unroll
                 for (int u = 0; u < kUnits; ++u) {
                     uint32_t w[16];
-                    decode<256>(codes[j][u], shared, lane * 4, w);
+                    decode(codes[j][u], shared, lane * 4, w);
                     float d[2][4] = {}; // two short chains
 #pragma unroll
                     for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[2 * s], b[2 * s + 1]);
@@ -1720,7 +1854,7 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
             for (int u = 0; u < kUnits; ++u)
 #pragma unroll
                 for (int j = 0; j < 2; ++j)
-                    partial[(band * kWarps + warp) * S::kRows + u * kUnitRows + j * 8 + g] = sum[u][j];
+                    partial[(band * kWarps + warp) * S::kRows + u * kUnitRows + 2 * g + j] = sum[u][j];
     }
     consumer_sync<S::kThreads>();
 #pragma unroll 1
@@ -1738,10 +1872,9 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
 
 // ---- linear4_small --------------------------------------------------------------------------------------------------
 
-// kCols: columns of the tensor core tile, 8 or 16.
-template <int kCols, int kUnits, int kGroups> struct Small {
+template <int kUnits, int kGroups> struct Small {
     using Stages = Ring<kUnits, kGroups>;
-    static constexpr int kWarps = 16, kThreads = kWarps * 32, kTiles = kCols / 8, kRows = kUnits * kUnitRows;
+    static constexpr int kWarps = 16, kThreads = kWarps * 32, kRows = kUnits * kUnitRows;
     static constexpr int kBarriers = kTableBytes;                                  // the last: u64 of x, Hopper's
     static constexpr int kRing = kBarriers + kWarps * Stages::kBarrierBytes + 128; // 128: alignment
     static constexpr int kMiddle = kRing + kWarps * Stages::kBytes;                // f32 [bands - 1][M][kRows]
@@ -1758,11 +1891,11 @@ template <int kCols, int kUnits, int kGroups> struct Small {
 // The chunks of all bands, band after band, are dealt to the warps in equal stretches, so that all have the same work
 // whatever the shape. Where a band ends within a stretch the warp puts its sums aside; what it has in the end is its
 // last. The blocks of a cluster fetch x for each other.
-template <int kCols, int kUnits, int kGroups>
+template <int kUnits, int kGroups>
 __global__ void __launch_bounds__(512, 1)
     linear4_small(const __grid_constant__ Linear4 a, int share, int more) {
 #ifdef BNB__MMA
-    using S = Small<kCols, kUnits, kGroups>;
+    using S = Small<kUnits, kGroups>;
     extern __shared__ __align__(1024) char shared[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const Bands<kUnits> bands(share, more);
@@ -1812,24 +1945,20 @@ __global__ void __launch_bounds__(512, 1)
     consumer_sync<S::kThreads>();
 #endif
 
-    uint32_t x_lane[S::kTiles]; // where this lane's row of ldmatrix begins
-#pragma unroll
-    for (int n = 0; n < S::kTiles; ++n)
-        x_lane[n] = shared_address(x + min(n * 8 + lane % 8, M - 1) * pitch + lane / 8 * 8);
-
+    // where this lane's row of ldmatrix begins
+    const uint32_t x_lane = shared_address(x + min(lane % 8, M - 1) * pitch + lane / 8 * 8);
+    const uint32_t table = shared_address(shared) + lane * 4;
     float *middle = (float *)(shared + S::kMiddle), *last = (float *)x;
-    float sum[kUnits][S::kTiles][4] = {};
+    float sum[kUnits][4] = {};
     auto put_sums = [&](float *to) { // [M][kRows]
 #pragma unroll
         for (int u = 0; u < kUnits; ++u)
 #pragma unroll
-            for (int n = 0; n < S::kTiles; ++n)
-#pragma unroll
-                for (int j = 0; j < 4; ++j) {
-                    const int m = n * 8 + 2 * t + (j & 1);
-                    if (m < M) to[m * S::kRows + u * kUnitRows + g + (j >> 1) * 8] = sum[u][n][j];
-                    sum[u][n][j] = 0;
-                }
+            for (int j = 0; j < 4; ++j) {
+                const int m = 2 * t + (j & 1);
+                if (m < M) to[m * S::kRows + u * kUnitRows + 2 * g + (j >> 1)] = sum[u][j];
+                sum[u][j] = 0;
+            }
     };
     for (int at = begin; at < end; ++at) {
         uint4 codes[kGroups][kUnits];
@@ -1842,26 +1971,20 @@ __global__ void __launch_bounds__(512, 1)
         for (int i = 0; i < kGroups; ++i) {
             const int group = chunk * kGroups + i;
             if (kGroups > 1 && group >= groups) break;
-            uint32_t b[S::kTiles][8];
-#pragma unroll
-            for (int n = 0; n < S::kTiles; ++n) {
-                load_matrices(b[n], x_lane[n] + group * (kGroup * 2));
-                load_matrices(b[n] + 4, x_lane[n] + group * (kGroup * 2) + 64);
-            }
+            uint32_t b[8];
+            load_matrices(b, x_lane + group * (kGroup * 2));
+            load_matrices(b + 4, x_lane + group * (kGroup * 2) + 64);
 #pragma unroll
             for (int u = 0; u < kUnits; ++u) {
                 uint32_t w[16];
-                decode<128>(codes[i][u], shared, lane * 4, w);
+                decode(codes[i][u], table, w);
+                float d[2][4] = {}; // two short chains
 #pragma unroll
-                for (int n = 0; n < S::kTiles; ++n) {
-                    float d[2][4] = {}; // two short chains
-#pragma unroll
-                    for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[n][2 * s], b[n][2 * s + 1]);
-                    sum[u][n][0] += (d[0][0] + d[1][0]) * absmax[i][u].x;
-                    sum[u][n][1] += (d[0][1] + d[1][1]) * absmax[i][u].x;
-                    sum[u][n][2] += (d[0][2] + d[1][2]) * absmax[i][u].y;
-                    sum[u][n][3] += (d[0][3] + d[1][3]) * absmax[i][u].y;
-                }
+                for (int s = 0; s < 4; ++s) mma(d[s & 1], w + 4 * s, b[2 * s], b[2 * s + 1]);
+                sum[u][0] += (d[0][0] + d[1][0]) * absmax[i][u].x;
+                sum[u][1] += (d[0][1] + d[1][1]) * absmax[i][u].x;
+                sum[u][2] += (d[0][2] + d[1][2]) * absmax[i][u].y;
+                sum[u][3] += (d[0][3] + d[1][3]) * absmax[i][u].y;
             }
         }
         if (++chunk == chunks) {
@@ -1870,30 +1993,33 @@ __global__ void __launch_bounds__(512, 1)
         }
     }
 
-    // Outputs are counted [bands][M][kRows]; the first of a thread is prepared while the warps meet.
+    // Outputs are counted [bands][M][kRows]; the first of a thread are prepared while the warps meet.
     const float inverse_M = 1.0f / M, inverse_stretch = 1.0f / stretch;
-    int i = threadIdx.x, out_band, m;
-    Output out;
-    auto find_output = [&] {
-        out_band = quotient(i / S::kRows, inverse_M), m = i / S::kRows - out_band * M;
-        out.find(a, bands, out_band, i % S::kRows), out.find_residual(a, m);
+    int i = threadIdx.x;
+    struct Place : Output {
+        int band, m;
+    } out, next; // the second of a thread is prepared, too
+    auto find_output = [&](Place &o, int i) {
+        if (i >= bands.n * M * S::kRows) return;
+        o.band = quotient(i / S::kRows, inverse_M), o.m = i / S::kRows - o.band * M;
+        o.find(a, bands, o.band, i % S::kRows), o.find_residual(a, o.m);
     };
-    find_output();
+    find_output(out, i), find_output(next, i + S::kThreads);
     consumer_sync<S::kThreads>(); // x is done with
     if (begin < end) put_sums(last + warp * M * S::kRows);
     consumer_sync<S::kThreads>();
 #pragma unroll 1
     while (i < bands.n * M * S::kRows) {
         // the warps whose stretches touch the band, in order
-        const int band_end = (out_band + 1) * chunks, at = m * S::kRows + i % S::kRows;
-        const int w0 = quotient(out_band * chunks, inverse_stretch), w1 = quotient(band_end - 1, inverse_stretch);
-        const bool ends_within = (w1 + 1) * stretch > band_end && out_band + 1 < bands.n;
+        const int band_end = (out.band + 1) * chunks, at = out.m * S::kRows + i % S::kRows;
+        const int w0 = quotient(out.band * chunks, inverse_stretch), w1 = quotient(band_end - 1, inverse_stretch);
+        const bool ends_within = (w1 + 1) * stretch > band_end && out.band + 1 < bands.n;
         float v = 0;
         for (int w = w0; w < w1; ++w) v += last[w * M * S::kRows + at];
-        v += ends_within ? middle[out_band * M * S::kRows + at] : last[w1 * M * S::kRows + at];
-        out.write(a, m, v);
-        i += S::kThreads;
-        if (i < bands.n * M * S::kRows) find_output();
+        v += ends_within ? middle[out.band * M * S::kRows + at] : last[w1 * M * S::kRows + at];
+        out.write(a, out.m, v);
+        i += S::kThreads, out = next;
+        find_output(next, i + S::kThreads);
     }
 #endif
 }
@@ -1901,49 +2027,56 @@ __global__ void __launch_bounds__(512, 1)
 // ---- linear4_wgmma --------------------------------------------------------------------------------------------------
 
 // kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
-// split over the blocks of a cluster before.
-template <int kN, int kRows, int kSplit> struct Wgmma {
-    static constexpr int kWarps = kRows * kSplit * 4, kThreads = kWarps * 32 + (kN == 256 ? 128 : 32);
-    static constexpr int kStageX = kSplit * kN * kGroup * 2;         // f16 [kSplit][kN][64], 128-byte swizzle
-    static constexpr int kStageW = kRows * kSplit * kTileBytes;      // tiles [kRows][kSplit]
-    static constexpr int kChunk = kN >= 128 ? 64 : kN < 32 ? kN : 32; // columns of y that are written together
-    static constexpr int kPitch = kRows * 64 + 4;                    // conflict-free for the accumulator fragments
-    static constexpr int kPartialBytes = kSplit * kChunk * kPitch * 4; // f32 [kSplit][kChunk][kPitch]
-    static constexpr int kBarrierBytes = 256;
-    static constexpr int kFree = kMaxShared - kTableBytes - kPartialBytes - kBarrierBytes;
-    static constexpr int kFit = kFree / (kStageX + kStageW), kStages = kFit < 8 ? kFit : 8;
-    static constexpr int kTable = kStages * kStageX, kPartial = kTable + kTableBytes;
-    static constexpr int kUnits = kPartial + kPartialBytes, kBarriers = kUnits + kStages * kStageW;
+// split over the blocks of a cluster before. A step is kSplit * kDeep groups of 64 columns. kShare 2: two blocks with
+// other rows of W make a cluster and fetch x for each other.
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> struct Wgmma {
+    static constexpr int kWarps = kRows * kSplit * 4;
+    // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
+    // warpgroup then. Together they are no more than the launch has.
+    static constexpr int kRegisters = kN == 256 ? 232 : kN == 128 && kWarps == 16 ? 112 : 0;
+    static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 32), kRowThreads = kRows * 128;
+    static constexpr int kStepGroups = kSplit * kDeep;
+    static constexpr int kStageX = kStepGroups * kN * kGroup * 2;   // f16 [kStepGroups][kN][64], 128-byte swizzle
+    static constexpr int kStageW = kRows * kStepGroups * kTileBytes; // tiles [kRows][kStepGroups]
+    // What warps and blocks have summed of y, for those that finish it: [kTogether][kSplit][kRowThreads] pairs.
+    static constexpr int kPairs = kN / 4, kPairBytes = kSplit * kRowThreads * 8;
+    static constexpr int kTogether = min_of(kPairs, 32 * 1024 / kPairBytes);
+    static constexpr int kSumBytes = kTogether * kPairBytes, kBarrierBytes = 256;
+    static constexpr int kFree = kMaxShared - kTableBytes - kSumBytes - kBarrierBytes;
+    static constexpr int kStages = min_of(8, kFree / (kStageX + kStageW));
+    static constexpr int kTable = kStages * kStageX, kSums = kTable + kTableBytes;
+    static constexpr int kUnits = kSums + kSumBytes, kBarriers = kUnits + kStages * kStageW;
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
-template <int kN, int kRows, int kSplit>
-__global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 1)
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
+__global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>::kThreads, 1)
     linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ CUtensorMap x_map, int n_blocks) {
 #ifdef BNB__HOPPER
-    using S = Wgmma<kN, kRows, kSplit>;
+    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
     extern __shared__ __align__(1024) char shared[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int rank = cluster_rank(), ranks = cluster_size();
+    const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; // warp: in uniform registers
+    const int rank = kShare > 1 ? 0 : cluster_rank(), ranks = kShare > 1 ? 1 : cluster_size();
+    const int member = kShare > 1 ? cluster_rank() : 0;
 
-    // A step is kSplit groups of 64 columns. Tiles of y with the same rows of W follow each other, so that W is read
-    // from memory once.
-    const int groups = a.K / kGroup, all_steps = ceil_div(groups, kSplit);
+    // Tiles of y with the same rows of W follow each other, so that W is read from memory once.
+    const int groups = a.K / kGroup, all_steps = ceil_div(groups, S::kStepGroups);
     const int step0 = all_steps * rank / ranks, step1 = all_steps * (rank + 1) / ranks;
-    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows) * m_tiles;
-    const int tile0 = blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
-    auto first_block = [&](int tile) { return tile / m_tiles * kRows; };
+    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows * kShare) * m_tiles;
+    const int tile0 = blockIdx.x / (ranks * kShare), tile_stride = gridDim.x / (ranks * kShare);
+    auto first_block = [&](int tile) { return (tile / m_tiles * kShare + member) * kRows; };
 
     const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, S::kWarps);
+            barrier_init(empty + i * 8, S::kWarps * kShare);
         }
         barrier_init_fence();
     }
-    __syncthreads();
+    if (kShare > 1) cluster_sync(); // all can be written to
+    else __syncthreads();
     launch_dependents();
 
     int stage = 0;
@@ -1952,20 +2085,25 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
         if (++stage == S::kStages) stage = 0, parity ^= 1;
     };
     if (warp >= S::kWarps) { // the producer: one thread of these works
-        if (kN == 256) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;"); // 384 threads have 168 each
+        if (S::kRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x == S::kWarps * 32) {
             const char *rows[kRows]; // the tiles of each block of 64 rows
             auto copy_tiles = [&](int to, int step) {
-                const uint32_t bytes = min(kSplit, groups - step * kSplit) * kTileBytes;
+                const uint32_t bytes = min(S::kStepGroups, groups - step * S::kStepGroups) * kTileBytes;
                 barrier_expect(full + to * 8, S::kStageX + kRows * bytes);
 #pragma unroll
                 for (int r = 0; r < kRows; ++r)
-                    bulk_copy(w_stages + to * S::kStageW + r * kSplit * kTileBytes,
-                              rows[r] + step * (kSplit * kTileBytes), bytes, full + to * 8);
+                    bulk_copy(w_stages + to * S::kStageW + r * S::kStepGroups * kTileBytes,
+                              rows[r] + step * (S::kStepGroups * kTileBytes), bytes, full + to * 8);
             };
+            // Of the residual that the tile will need, what belongs to one step's share of its rows goes to the second
+            // level cache. Only one weight has a residual.
+            const int ahead = ceil_div(kN, step1 - step0);
+            const bool fetches = a.residual && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
             int copies = 0, early = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
-                const int m = tile % m_tiles * kN;
+                const int m0 = tile % m_tiles * kN, n0 = first_block(tile) * kBlockRows;
+                const uint32_t line = fetches ? max(min(kRows * kBlockRows, a.part[0].N - n0), 0) / 4 * 16 : 0; // bytes
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) rows[r] = block_at(a, min(first_block(tile) + r, n_blocks - 1)).tiles;
                 if (tile == tile0) { // weights do not depend on the kernel before
@@ -1973,16 +2111,23 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
                     for (; early < min(S::kStages, step1 - step0); ++early) copy_tiles(early, step0 + early);
                     wait_for_prior_kernel();
                 }
+                int m = m0;
 #pragma unroll 1
                 for (int step = step0; step < step1; ++step, ++copies, advance()) {
                     if (copies >= S::kStages) barrier_wait(empty + stage * 8, parity ^ 1);
                     if (copies >= early) copy_tiles(stage, step);
 #pragma unroll
-                    for (int i = 0; i < kSplit; ++i) { // columns past K and rows past M arrive as zeros
+                    for (int i = 0; i < S::kStepGroups; ++i) { // columns past K and rows past M arrive as zeros
                         const uint32_t to = x_stages + stage * S::kStageX + i * (kN * kGroup * 2);
-                        const int k = (step * kSplit + i) * kGroup;
-                        tensor_copy(to, &x_map, k, m, full + stage * 8);
+                        const int k = (step * S::kStepGroups + i) * kGroup;
+                        if (kShare == 1) tensor_copy(to, &x_map, k, m0, full + stage * 8);
+                        else // a part of the rows, for all
+                            tensor_multicast(to + member * (kN / kShare * 128), &x_map, k, m0 + member * (kN / kShare),
+                                             full + stage * 8, (1 << kShare) - 1);
                     }
+                    if (line > 0)
+                        for (const int end = min(m + ahead, min(m0 + kN, a.M)); m < end; ++m)
+                            prefetch_bulk(a.residual + m * a.ldr + n0, line);
                 }
             }
         }
@@ -1991,97 +2136,130 @@ __global__ void __launch_bounds__(kRows *kSplit * 128 + (kN == 256 ? 128 : 32), 
 
     const int g = lane / 4, t = lane % 4, row_warp = warp % (kRows * 4), split = warp / (kRows * 4);
     constexpr int kThreads = S::kWarps * 32;
-    if (kN == 256) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if (S::kRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters ? S::kRegisters : 24));
     for (int i = threadIdx.x; i < 512; i += kThreads) fill_table<128>(shared + S::kTable, a.map, i);
     wait_for_prior_kernel();
     consumer_sync<kThreads>();
 
-    float acc[kN / 2]; // rows row_warp * 16 + g (+ 8) of W, rows 8 i + 2 t (+ 1) of x
+    // Addresses are kept, not computed in each step anew.
+    uint32_t table = shared_address(shared + S::kTable) + lane * 4;
+    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes + row_warp % 4 * kUnitBytes +
+                      lane * 16;
+    uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8, arrives = lane == 0;
+    asm volatile("" : "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
+    float acc[kN / 2]; // rows 2 g (+ 1) of the warp's unit, rows 8 i + 2 t (+ 1) of x
     for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
-        const int block = first_block(tile);
-        const float *row_scale = block_at(a, min(block + row_warp / 4, n_blocks - 1)).row_scale;
-        const int row = row_warp % 4 * kUnitRows + g;
-        const float inverse0 = 1.0f / row_scale[row], inverse8 = 1.0f / row_scale[row + 8];
+        const int block = first_block(tile) + row_warp / 4;
+        const bool in_range = block < n_blocks;
+        const Block rows = block_at(a, in_range ? block : n_blocks - 1);
+        const int row = row_warp % 4 * kUnitRows + 2 * g;
+        const float2 scale = *(const float2 *)(rows.row_scale + row);
+        const float inverse0 = 1.0f / scale.x, inverse1 = 1.0f / scale.y;
 
-        auto fetch = [&](uint32_t(&f)[16], int step) { // decodes the weights of a step once they are there
+        uint4 codes[kDeep];
+        float2 absmax[kDeep];
+        auto take = [&](int step) { // the weights of a step once they are there
             barrier_wait(full + stage * 8, parity);
-            const char *unit = shared + S::kUnits + stage * S::kStageW +
-                               (row_warp / 4 * kSplit + split) * kTileBytes + row_warp % 4 * kUnitBytes;
-            decode<128>(*(const uint4 *)(unit + lane * 16), shared + S::kTable, lane * 4, f);
-            float2 absmax = *(const float2 *)(unit + kCodeBytes + g * 8);
-            if (kSplit > 1 && step * kSplit + split >= groups) absmax = make_float2(0, 0); // past K: x is zero
-            const __half2 scale0 = __float2half2_rn(absmax.x * inverse0);
-            const __half2 scale8 = __float2half2_rn(absmax.y * inverse8);
 #pragma unroll
-            for (int i = 0; i < 16; ++i) {
-                const __half2 v = __hmul2(*(const __half2 *)&f[i], i & 1 ? scale8 : scale0);
-                f[i] = *(const uint32_t *)&v;
+            for (int d = 0; d < kDeep; ++d) {
+                codes[d] = load_shared4(codes0 + stage * S::kStageW + d * kTileBytes);
+                absmax[d] = load_shared2(absmax0 + stage * S::kStageW + d * kTileBytes);
+                if (S::kStepGroups > 1 && step * S::kStepGroups + split * kDeep + d >= groups)
+                    absmax[d] = make_float2(0, 0); // past K: x is zero
             }
         };
-        auto multiply = [&](uint32_t(&f)[16], int step) {
+        auto expand = [&](uint32_t(&f)[kDeep][16]) {
+#pragma unroll
+            for (int d = 0; d < kDeep; ++d) {
+                decode(codes[d], table, f[d]);
+                const __half2 both = __floats2half2_rn(absmax[d].x * inverse0, absmax[d].y * inverse1);
+                const __half2 scale0 = __low2half2(both), scale1 = __high2half2(both);
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    const __half2 v = __hmul2(*(const __half2 *)&f[d][i], i & 1 ? scale1 : scale0);
+                    f[d][i] = *(const uint32_t *)&v;
+                }
+            }
+        };
+        auto multiply = [&](uint32_t(&f)[kDeep][16], int step) {
             // 128-byte swizzle, 8 rows of x are 1024 bytes; a k16 step is 32 bytes on
-            const uint32_t x = x_stages + stage * S::kStageX + split * (kN * kGroup * 2);
+            const uint32_t x = x_stages + stage * S::kStageX + split * (kDeep * kN * kGroup * 2);
             const uint64_t b = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
             wgmma_fence();
 #pragma unroll
-            for (int s = 0; s < 4; ++s) wgmma<kN>(acc, f + 4 * s, b + 2 * s, s > 0 || step > step0);
+            for (int s = 0; s < 4 * kDeep; ++s)
+                wgmma<kN>(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2, s > 0 || step > step0);
             wgmma_commit();
         };
-        // The next step is decoded while the tensor cores run.
-        uint32_t f[2][16];
-        fetch(f[0], step0);
-        for (int step = step0; step < step1; step += 2) {
+        // With two buffers the next step is decoded while the tensor cores run; with one other warpgroups keep them busy.
+        uint32_t f[kBuffers][kDeep][16];
+        take(step0);
+        if (kBuffers == 2) expand(f[0]);
+        for (int step = step0; step < step1; step += kBuffers) {
 #pragma unroll
-            for (int i = 0; i < 2; ++i) {
+            for (int i = 0; i < kBuffers; ++i) {
                 if (step + i >= step1) break;
+                if (kBuffers == 1) expand(f[0]);
                 const int running = stage;
                 multiply(f[i], step + i);
                 advance();
-                if (step + i + 1 < step1) fetch(f[i ^ 1], step + i + 1);
+                if (step + i + 1 < step1) {
+                    take(step + i + 1);
+                    if (kBuffers == 2) expand(f[i ^ 1]);
+                }
                 wgmma_wait<0>();
-                if (lane == 0) barrier_arrive(empty + running * 8);
+                if (arrives) barrier_arrive(empty + running * 8);
+                if (kShare > 1 && arrives) barrier_arrive_at(empty + running * 8, member ^ 1);
             }
         }
-        // y: the fragments go through shared memory, kChunk rows of x at a time, so that rows of y are written whole.
-        constexpr int kQuads = kRows * 16; // a thread keeps the same four rows of W
-        float *partial = (float *)(shared + S::kPartial);
-        const int quad = threadIdx.x % kQuads;
-        const bool in_range = block + quad / 16 < n_blocks;
-        const Block out_block = block_at(a, min(block + quad / 16, n_blocks - 1));
-        const Linear4Part &out = a.part[out_block.part];
-        const int n = out_block.row + quad % 16 * 4, n_valid = in_range ? min(4, out.N - n) : 0;
-        const float4 scale = *(const float4 *)(out_block.row_scale + quad % 16 * 4);
-        float bias[4] = {};
-        for (int j = 0; j < n_valid; ++j) bias[j] = out.bias ? out.bias[n + j] : 0.0f;
+
+        // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
+        // of the tile. The 8 lanes of a row of x write 64 bytes that follow each other.
+        const Linear4Part &out = a.part[rows.part];
+        const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
+        const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale);
+        // They go through shared memory, which has an index at run time, and where the parts of a sum meet. The pairs
+        // are dealt to the warpgroups with these rows, in all blocks; without others a lane reads what it wrote.
+        const uint32_t meet = shared_address(shared + S::kSums) + (row_warp * 32 + lane) * 8;
+        const int dealt = ranks * kSplit, own = rank * kSplit + split;
         auto sync = [&] {
             if (ranks > 1) cluster_sync();
-            else consumer_sync<kThreads>();
+            else if (kSplit > 1) consumer_sync<kThreads>();
         };
+#pragma unroll 1
+        for (int p0 = 0; p0 < S::kPairs; p0 += S::kTogether) {
+            if (tile % m_tiles * kN + p0 * 4 >= a.M) break;
 #pragma unroll
-        for (int c = 0; c < kN; c += S::kChunk) {
-            if (tile % m_tiles * kN + c >= a.M) break;
+            for (int p = 0; p < S::kPairs; ++p) // registers have none
+                if (p / S::kTogether * S::kTogether == p0)
+                    store_shared2(meet + p % S::kTogether * S::kPairBytes + split * (S::kRowThreads * 8),
+                                  make_float2(acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]));
+            // Residuals that are on their way together; sums of the next pairs leave few registers.
+            constexpr int kBatch = min_of(S::kWarps == 16 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
+            const int step = max(dealt, 2); // pairs; every second lies 8 rows on
+#pragma unroll 1
+            for (int first = own; first < (dealt == 1 ? 2 : min(own + 1, S::kTogether)); ++first) {
+                auto sum = [&](int i) {
+                    const uint32_t from = meet + (first + i * step) * S::kPairBytes;
+                    float2 v = make_float2(0, 0);
+                    auto add = [&](const float2 &q) { v.x += q.x, v.y += q.y; };
+                    if (ranks == 1)
 #pragma unroll
-            for (int i = 0; i < S::kChunk / 2; ++i)
-                partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch + row_warp * 16 + g + (i & 2) * 4] =
-                    acc[c / 2 + i];
-            sync();
-            for (int i = threadIdx.x / kQuads + rank * (kThreads / kQuads); i < S::kChunk;
-                 i += ranks * (kThreads / kQuads)) {
-                const int m = tile % m_tiles * kN + c + i;
-                if (m >= a.M) break;
-                float v[4] = {};
-                for (int r = 0; r < ranks; ++r)
-#pragma unroll
-                    for (int k = 0; k < kSplit; ++k) {
-                        const float *from = partial + (k * S::kChunk + i) * S::kPitch + quad * 4;
-                        const float4 q = ranks > 1 ? cluster_load(shared_address(from), r) : *(const float4 *)from;
-                        v[0] += q.x, v[1] += q.y, v[2] += q.z, v[3] += q.w;
-                    }
-                write4(a, out, m, n, n_valid, v, scale, bias);
+                        for (int k = 0; k < kSplit; ++k) add(load_shared2(from + k * (S::kRowThreads * 8)));
+                    else
+#pragma unroll 1
+                        for (int k = 0; k < dealt; ++k)
+                            add(cluster_load2(from + k % kSplit * (S::kRowThreads * 8), k / kSplit));
+                    return v;
+                };
+                pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4, (S::kTogether - first + step - 1) / step,
+                                   sync, sum);
             }
+            if (own >= S::kTogether) sync(); // there is nothing for these
             sync();
         }
     }
+    if (kShare > 1) cluster_sync(); // none leaves while others write to it
 #endif
 }
 
@@ -2172,13 +2350,14 @@ __global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPer
     for (int i = 0; i < kStages - 1; ++i) copy_step();
     for (int i = thread; i < 512; i += S::kThreads) fill_table<128>(shared, a.map, i);
 
-    float inverse[kUnits][2]; // of the scales of rows g and g + 8
+    float inverse[kUnits][2]; // of the scales of rows 2 g and 2 g + 1
 #pragma unroll
     for (int u = 0; u < kUnits; ++u) {
         const int unit = row_warp * kUnits + u;
-        const float *scale = block_at(a, block_of(unit)).row_scale + (unit0 + unit) % kBlockUnits * kUnitRows + g;
-        inverse[u][0] = 1.0f / scale[0], inverse[u][1] = 1.0f / scale[8];
+        const float *scale = block_at(a, block_of(unit)).row_scale + (unit0 + unit) % kBlockUnits * kUnitRows + 2 * g;
+        inverse[u][0] = 1.0f / scale[0], inverse[u][1] = 1.0f / scale[1];
     }
+    const uint32_t table = shared_address(shared) + lane * 4;
     int fetched = split, w_stage = 0; // the group and the stage that fetch comes to
     auto fetch = [&](uint32_t(&f)[kUnits][16]) { // decodes the weights of a step
 #pragma unroll
@@ -2186,7 +2365,7 @@ __global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPer
             const int unit = row_warp * kUnits + u;
             const char *from = shared + S::kW + w_stage * S::kStageW +
                                (unit / S::kStrip * kSplit + split) * S::kStripBytes + unit % S::kStrip * kUnitBytes;
-            decode<128>(*(const uint4 *)(from + lane * 16), shared, lane * 4, f[u]);
+            decode(*(const uint4 *)(from + lane * 16), table, f[u]);
             float2 absmax = *(const float2 *)(from + kCodeBytes + g * 8);
             if (kSplit > 1 && fetched >= groups) absmax = make_float2(0, 0); // past K: x is zero
             const __half2 scale0 = __float2half2_rn(absmax.x * inverse[u][0]);
@@ -2200,7 +2379,7 @@ __global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPer
         fetched += kSplit;
         if (++w_stage == kStages) w_stage = 0;
     };
-    float acc[kUnits][kN / 8][4] = {}; // rows g (+ 8) of the units, rows 8 n + 2 t (+ 1) of x
+    float acc[kUnits][kN / 8][4] = {}; // rows 2 g (+ 1) of the units, rows 8 n + 2 t (+ 1) of x
     int x_stage = 0;
     auto multiply = [&](const uint32_t(&f)[kUnits][16]) {
         constexpr int kBatch = kN / 8 < 4 ? kN / 8 : 4; // tiles of 8 rows of x whose fragments are loaded together
@@ -2261,7 +2440,7 @@ __global__ void __launch_bounds__(256, Mma<kN, kUnits, kRowWarps, kStages>::kPer
 #pragma unroll
             for (int i = 0; i < S::kChunk / 2; ++i)
                 partial[(split * S::kChunk + i / 4 * 8 + 2 * t + i % 2) * S::kPitch +
-                        (row_warp * kUnits + u) * kUnitRows + g + (i & 2) * 4] = acc[u][c / 8 + i / 4][i % 4];
+                        (row_warp * kUnits + u) * kUnitRows + 2 * g + i / 2 % 2] = acc[u][c / 8 + i / 4][i % 4];
         __syncthreads();
         for (int i = thread / kQuads; i < S::kChunk && m0 + c + i < a.M; i += S::kThreads / kQuads) {
             float v[4] = {};
@@ -2447,24 +2626,26 @@ template <int kUnits, int kGroups> constexpr RowKernel row_kernel(bool little = 
 }
 
 struct SmallKernel {
-    int cols, units, groups;
+    int units, groups;
     bool little;
     void (*kernel)(Linear4, int, int);
     int (*shared_bytes)(int M, int K, int bands);
 };
-template <int kCols, int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool little = false) {
-    return {kCols, kUnits, kGroups, little, linear4_small<kCols, kUnits, kGroups>,
-            Small<kCols, kUnits, kGroups>::shared_bytes};
+template <int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool little = false) {
+    return {kUnits, kGroups, little, linear4_small<kUnits, kGroups>, Small<kUnits, kGroups>::shared_bytes};
 }
 
 struct WgmmaKernel {
-    int n, rows, split;
+    int n, rows, groups, share; // groups: of a step
+    int step_ns, tile_ns;       // what a step takes, and what a tile takes beside: fitted to measurements of an H200
     int threads, shared;
     void (*kernel)(Linear4, CUtensorMap, int);
 };
-template <int kN, int kRows, int kSplit> constexpr WgmmaKernel wgmma_kernel() {
-    using S = Wgmma<kN, kRows, kSplit>;
-    return {kN, kRows, kSplit, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit>};
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
+constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns) {
+    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
+    return {kN,      kRows,   S::kStepGroups, kShare,     step_ns,
+            tile_ns, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
 }
 
 struct MmaKernel {
@@ -2481,13 +2662,15 @@ template <int kN, int kUnits, int kRowWarps, int kStages> constexpr MmaKernel mm
 const RowKernel kRowKernels[] = {row_kernel<4, 1>(), row_kernel<2, 2>(), row_kernel<1, 4>(), row_kernel<1, 1>(true)};
 
 const SmallKernel kSmallKernels[] = {
-    small_kernel<8, 4, 1>(),     small_kernel<8, 2, 1>(),  small_kernel<8, 1, 2>(),
-    small_kernel<8, 1, 1>(true), small_kernel<16, 2, 1>(), small_kernel<16, 1, 2>(),
+    small_kernel<4, 1>(), small_kernel<2, 1>(), small_kernel<1, 2>(), small_kernel<1, 1>(true),
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4>(), wgmma_kernel<16, 2, 2>(), wgmma_kernel<32, 1, 4>(),  wgmma_kernel<32, 2, 2>(),
-    wgmma_kernel<64, 2, 2>(), wgmma_kernel<128, 2, 1>(), wgmma_kernel<256, 2, 1>(),
+    wgmma_kernel<16, 1, 4, 2, 1, 1>(715, 1800),  wgmma_kernel<16, 2, 2, 2, 1, 1>(670, 1550),
+    wgmma_kernel<32, 1, 4, 2, 1, 1>(845, 1900),  wgmma_kernel<32, 2, 2, 2, 1, 1>(795, 1850),
+    wgmma_kernel<64, 1, 4, 1, 1, 1>(625, 3200),  wgmma_kernel<64, 2, 2, 1, 1, 1>(565, 4100),
+    wgmma_kernel<128, 1, 2, 1, 2, 1>(520, 3500), wgmma_kernel<128, 2, 2, 1, 1, 1>(750, 9000),
+    wgmma_kernel<256, 2, 1, 1, 2, 1>(640, 12500), wgmma_kernel<256, 2, 1, 1, 2, 2>(645, 10500),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -2594,13 +2777,13 @@ cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &
 // cluster: blocks that split K.
 cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
     CUtensorMap x_map;
-    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.n);
+    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.n / k.share);
     if (err != cudaSuccess) return err;
-    const int n_blocks = total_blocks(a);
-    const int tiles = ceil_div(n_blocks, k.rows) * ceil_div(a.M, k.n);
+    const int n_blocks = total_blocks(a), size = cluster * k.share; // one of them is 1
+    const int tiles = ceil_div(n_blocks, k.rows * k.share) * ceil_div(a.M, k.n);
     // Blocks that split K take one tile; others stay and take one after the other.
-    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm / cluster);
-    return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, x_map, n_blocks);
+    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm / size);
+    return launch(stream, k.kernel, clusters * size, k.threads, k.shared, size, pdl, a, x_map, n_blocks);
 }
 
 cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
@@ -2628,7 +2811,7 @@ const SmallKernel *plan_small(const Linear4 &a) {
     int best_cycles = 0;
     for (const SmallKernel &k : kSmallKernels) {
         const BandGrid g = grid_on(a, k);
-        if (k.cols != (a.M <= 8 ? 8 : 16) || g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
+        if (g.shared > a.max_shared || (k.little && a.max_shared >= kMaxShared)) continue;
         const int bands = ceil_div(g.bands, g.blocks), chunks = ceil_div(a.K / kGroup, k.groups);
         const int cycles = ceil_div(bands * chunks, 16) * (300 + 480 * k.units * k.groups) + 40 * k.units * a.M;
         if (!best || cycles < best_cycles) best = &k, best_cycles = cycles;
@@ -2639,17 +2822,16 @@ const SmallKernel *plan_small(const Linear4 &a) {
 // cluster: how many blocks split K.
 const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     const WgmmaKernel *best = nullptr;
-    long best_cycles = 0;
+    long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels)
         for (int split = 1; split <= 8; split *= 2) {
-            const int steps = ceil_div(a.K / kGroup, k.split);
-            const int tiles = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n);
-            // Clusters of 4 and 8 find room on ten of eleven multiprocessors.
-            if (split > steps || (split > 1 && tiles * split > (split > 2 ? a.n_sm * 10 / 11 : a.n_sm))) continue;
-            const long step = k.n < 128 ? 600 + 2 * k.n : 100 + 4 * k.n; // decoding by 16 warps, or the tensor cores
-            const long cycles = ceil_div(tiles * split, a.n_sm) * (ceil_div(steps, split) * step + 20 * k.n + 2000) +
-                                (split > 1 ? 1300 * split - 1000 : 0);
-            if (!best || cycles < best_cycles) best = &k, best_cycles = cycles, *cluster = split;
+            const int steps = ceil_div(a.K / kGroup, k.groups);
+            const int blocks = ceil_div(total_blocks(a), k.rows * k.share) * k.share * ceil_div(a.M, k.n) * split;
+            // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
+            if (split > 1 && (k.share > 1 || split > steps || blocks > (split > 2 ? a.n_sm * 10 / 11 : a.n_sm))) continue;
+            const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
+                            (split == 8 ? 9000 : split == 4 ? 6000 : split == 2 ? 3000 : 0);
+            if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     return best;
 }
@@ -2673,7 +2855,7 @@ const MmaKernel *plan_mma(const Linear4 &a) {
 }
 
 // Whether linear4 takes x as f32.
-bool linear4_takes_f32(const Linear4 &a) { return a.M == 1 ? plan_row(a) != nullptr : a.M <= 16 && plan_small(a); }
+bool linear4_takes_f32(const Linear4 &a) { return a.M == 1 ? plan_row(a) != nullptr : a.M <= 8 && plan_small(a); }
 
 cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
@@ -2681,9 +2863,7 @@ cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)) return cudaErrorInvalidValue;
     const RowKernel *row = a.M == 1 && a.K <= kNormMax ? plan_row(a) : nullptr;
     if (row) return run_row(stream, a, *row, pdl);
-    // More than 8 rows of short columns keep all multiprocessors busy with whole tiles.
-    const bool tiles = a.M > 8 && (!a.hopper || (a.K < 4096 && total_blocks(a) * 5 > a.n_sm * 3));
-    const SmallKernel *small = a.M <= 16 && (!tiles || a.x_f32) ? plan_small(a) : nullptr;
+    const SmallKernel *small = a.M <= 8 ? plan_small(a) : nullptr;
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
     if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
@@ -5487,7 +5667,7 @@ __global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K,
     const unsigned char *bytes = reinterpret_cast<const unsigned char *>(&packed);
     for (int e = 0; e < 8; e++) {
         float2 v = pairs[bytes[e]];
-        rows[quarter * 16 + g + half * 8][tile4::unit_byte(t, e)] = __floats2half2_rn(v.x * absmax, v.y * absmax);
+        rows[quarter * 16 + 2 * g + half][tile4::unit_byte(t, e)] = __floats2half2_rn(v.x * absmax, v.y * absmax);
     }
     __syncthreads();
     for (int i = thread; i < 64 * 8; i += THREADS) { // 16 bytes at a time
@@ -5496,13 +5676,12 @@ __global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K,
     }
 }
 
-// Where this is faster than linear4: what it costs to write N K numbers is shared by M rows. Measured on an H200; for
-// linear4_mma it is an estimate.
+// Where this may be faster than linear4: what it costs to write N K numbers is shared by M rows. An estimate for
+// linear4_mma; linear4_wgmma is the faster one whatever M.
 bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    const int64_t M = s.y->shape[0], size = w->shape[0] * w->shape[1];
-    return fits_tile4(plan, s) && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) && w->shape[0] % 8 == 0 &&
-           (plan.device->tiles ? M > (size <= 1 << 25 ? 512 : 1024) : M >= 256);
+    return fits_tile4(plan, s) && !plan.device->tiles && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) &&
+           w->shape[0] % 8 == 0 && s.y->shape[0] >= 256;
 }
 // Rows of a weight that are f16 at the same time, whole blocks of 64: as many as DENSE_CHUNK holds.
 constexpr int64_t DENSE_CHUNK = 64 << 20; // whole matrices are less than 1 % faster
