@@ -1450,8 +1450,8 @@ __device__ __forceinline__ NormWeights norm_weights(const LinearCall &a, int k) 
 }
 
 // The one row of x, or its norm, as f16, given to put(column, 8 columns). Of f32 a thread's first 8 columns stay in
-// registers between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8, loaded while the
-// kernel before still ran. asked() is called once x is asked for; scratch: f32 [64].
+// registers between the passes; more, past 8 * kThreads, are read again. early: norm_weights for the first 8, loaded
+// while the kernel before still ran. asked() is called once x is asked for; scratch: f32 [64].
 template <int kThreads, class Put, class Asked>
 __device__ __forceinline__ void stage_row(const LinearCall &a, const NormWeights &early, float *scratch, Put put,
                                           Asked asked) {
@@ -1538,8 +1538,8 @@ __device__ __forceinline__ void stage_x(const LinearCall &a, const NormWeights &
     else stage_row<kThreads>(a, early, scratch, [&](int k, uint4 v) { put(0, k, v); }, [] {});
 }
 
-// y[m][n], y[m][n + 1] for one n, of which n_valid exist, and for rows m that are `step` apart. Both at once where they lie
-// so, as nearly always; what is rare is kept out of the way.
+// y[m][n], y[m][n + 1] for one n, of which n_valid exist, and for rows m that are `step` apart. Both at once where they
+// lie so, as nearly always; what is rare is kept out of the way.
 struct PairOut {
     const Linear4 &a;
     const Linear4Part &out;
@@ -1548,7 +1548,8 @@ struct PairOut {
     float2 bias = {};
     bool wide;
 
-    __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid, const float2 &scale)
+    __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid,
+                                       const float2 &scale)
         : a(a), out(out), n(n), n_valid(n_valid), scale(scale) {
         wide = n_valid > 1 && out.ldy % 2 == 0 && (!a.residual || (a.ldr % 2 == 0 && ((uintptr_t)a.residual & 7) == 0));
         if (out.bias && n_valid > 0) bias.x = out.bias[n];
@@ -1558,8 +1559,8 @@ struct PairOut {
         if (a.residual) v += a.residual[m * a.ldr + n];
         store_y(out.y, (size_t)m * out.ldy + n, v, a.y_f32);
     }
-    // Row i of `count`, with sum(i). kBatch rows at a time take each step together, so that little waits for little; the
-    // residuals of the first are under way before ready().
+    // Row i of `count`, with sum(i). kBatch rows at a time take each step together, so that little waits for little;
+    // the residuals of the first are under way before ready().
     template <int kBatch, class Sum, class Ready>
     __device__ __forceinline__ void write(int m, int step, int count, Ready ready, Sum sum) const {
         const int size = a.y_f32 ? 4 : 2, act = a.act;
@@ -1590,7 +1591,8 @@ struct PairOut {
                 for (int j = 0; j < kBatch; ++j) v[j] = make_float2(fmaxf(v[j].x, 0.0f), fmaxf(v[j].y, 0.0f));
             } else if (act != kActNone) {
 #pragma unroll
-                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
+                for (int j = 0; j < kBatch; ++j)
+                    v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
             }
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x + add[j].x, v[j].y + add[j].y);
@@ -1686,7 +1688,8 @@ template <int kUnits, int kGroups> struct Ring {
 #endif
     }
 
-    // The current stage into registers: a lane's codes, and absmax of rows 2 g and 2 g + 1. It is free after a __syncwarp.
+    // The current stage into registers: a lane's codes, and absmax of rows 2 g and 2 g + 1. It is free after a
+    // __syncwarp.
     __device__ __forceinline__ void take(uint4 (&codes)[kGroups][kUnits], float2 (&absmax)[kGroups][kUnits], int lane) {
 #ifdef BNB__HOPPER
         barrier_wait(full + stage * 8, parity);
@@ -2143,8 +2146,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 
     // Addresses are kept, not computed in each step anew.
     uint32_t table = shared_address(shared + S::kTable) + lane * 4;
-    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes + row_warp % 4 * kUnitBytes +
-                      lane * 16;
+    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes +
+                      row_warp % 4 * kUnitBytes + lane * 16;
     uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8, arrives = lane == 0;
     asm volatile("" : "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
     float acc[kN / 2]; // rows 2 g (+ 1) of the warp's unit, rows 8 i + 2 t (+ 1) of x
@@ -2188,10 +2191,12 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4 * kDeep; ++s)
-                wgmma<kN>(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2, s > 0 || step > step0);
+                wgmma<kN>(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
+                          s > 0 || step > step0);
             wgmma_commit();
         };
-        // With two buffers the next step is decoded while the tensor cores run; with one other warpgroups keep them busy.
+        // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
+        // busy.
         uint32_t f[kBuffers][kDeep][16];
         take(step0);
         if (kBuffers == 2) expand(f[0]);
@@ -2252,8 +2257,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                             add(cluster_load2(from + k % kSplit * (S::kRowThreads * 8), k / kSplit));
                     return v;
                 };
-                pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4, (S::kTogether - first + step - 1) / step,
-                                   sync, sum);
+                pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4,
+                                   (S::kTogether - first + step - 1) / step, sync, sum);
             }
             if (own >= S::kTogether) sync(); // there is nothing for these
             sync();
@@ -2828,7 +2833,8 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
             const int steps = ceil_div(a.K / kGroup, k.groups);
             const int blocks = ceil_div(total_blocks(a), k.rows * k.share) * k.share * ceil_div(a.M, k.n) * split;
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
-            if (split > 1 && (k.share > 1 || split > steps || blocks > (split > 2 ? a.n_sm * 10 / 11 : a.n_sm))) continue;
+            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
+            if (split > 1 && (k.share > 1 || split > steps || blocks > room)) continue;
             const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
                             (split == 8 ? 9000 : split == 4 ? 6000 : split == 2 ? 3000 : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
@@ -5680,8 +5686,8 @@ __global__ void tile4_dense_kernel(const char *units, Numbers map, int N, int K,
 // linear4_mma; linear4_wgmma is the faster one whatever M.
 bool fits_tile4_dense(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return fits_tile4(plan, s) && !plan.device->tiles && plan.device->dense && plan.device->dense->handle && !s.norm && !(s.act && s.residual) &&
-           w->shape[0] % 8 == 0 && s.y->shape[0] >= 256;
+    return fits_tile4(plan, s) && !plan.device->tiles && plan.device->dense && plan.device->dense->handle && !s.norm &&
+           !(s.act && s.residual) && w->shape[0] % 8 == 0 && s.y->shape[0] >= 256;
 }
 // Rows of a weight that are f16 at the same time, whole blocks of 64: as many as DENSE_CHUNK holds.
 constexpr int64_t DENSE_CHUNK = 64 << 20; // whole matrices are less than 1 % faster
