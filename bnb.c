@@ -4149,7 +4149,7 @@ typedef struct bnb__cpu_plan {
     const bnb_plan_params *params;
     const bnb__kernel **kernels; /* [n_nodes]; NULL for views */
     bnb__step *steps;            /* [n_steps] */
-    _Atomic int64_t *next;       /* [n_steps, n_threads]: the next tile of a thread's stretch */
+    _Atomic int64_t *next;       /* [n_threads, n_steps]: the next tile of a thread's stretch; threads share no line */
     int32_t n_steps;
     uint64_t bytes;              /* of this allocation */
     uint64_t work, local;        /* scratch: shared, and for each thread */
@@ -4224,8 +4224,9 @@ static bnb_status bnb__check_indices(const bnb_graph *g, bnb_error *err) {
 /* Where the stretch of tiles begins that belongs to a thread: neighbours read memory that follows each other. */
 static int64_t bnb__stretch(const bnb__step *s, int32_t ith, int32_t nth) { return s->tiles * ith / nth; }
 
-/* A thread takes the tiles of its own stretch, then what others have left of theirs. Runs of steps with a single tile
- * (decoding has many) stay on thread 0 without barriers between them. */
+/* A thread takes the tiles of its own stretch, then what others have left of theirs: a quarter of what is left at a time,
+ * because taking waits for loads under way and other threads' lines, and the stream of weights with it. Runs of steps
+ * with a single tile (decoding has many) stay on thread 0 without barriers between them. */
 static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
     bnb__cpu_plan *p = arg;
     double start = ith == 0 && p->times ? bnb__seconds() : 0;
@@ -4235,9 +4236,12 @@ static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
         bnb__job job = {step->y, p->scratch, p->scratch + p->work + p->local * (uint64_t)ith};
         for (int32_t j = 0; !serial && j < nth; j++) {
             int32_t whose = (ith + j) % nth;
-            int64_t end = bnb__stretch(step, whose + 1, nth);
-            for (int64_t i; (i = atomic_fetch_add_explicit(&p->next[s * nth + whose], 1, memory_order_relaxed)) < end;)
-                step->kernel->run(&job, step->phase, i);
+            _Atomic int64_t *next = &p->next[whose * p->n_steps + s];
+            for (int64_t end = bnb__stretch(step, whose + 1, nth), i; (i = atomic_load_explicit(next, memory_order_relaxed)) < end;) {
+                int64_t n = (end - i + 3) / 4; /* others may have taken some meanwhile: then these are later ones, or none */
+                i = atomic_fetch_add_explicit(next, n, memory_order_relaxed);
+                for (int64_t e = BNB__MIN(i + n, end); i < e; i++) step->kernel->run(&job, step->phase, i);
+            }
         }
         if (serial && ith == 0 && step->tiles) step->kernel->run(&job, step->phase, 0);
         if (!serial || (s + 1 < p->n_steps && p->steps[s + 1].tiles > 1)) bnb__barrier(&p->env->pool);
@@ -4256,7 +4260,7 @@ static bnb_status bnb__cpu_run(void *dev, void *compiled, void *scratch, double 
     p->scratch = scratch;
     p->times = times;
     for (int32_t i = 0, n = p->env->pool.n; i < p->n_steps * n; i++)
-        atomic_store_explicit(&p->next[i], bnb__stretch(&p->steps[i / n], i % n, n), memory_order_relaxed);
+        atomic_store_explicit(&p->next[i], bnb__stretch(&p->steps[i % p->n_steps], i / p->n_steps, n), memory_order_relaxed);
     if (times) memset(times, 0, (size_t)p->graph->n_nodes * sizeof *times);
     bnb__team(dev, bnb__cpu_team, p);
     for (int32_t i = 0; i < p->params->n_feeds; i++) {
