@@ -2221,8 +2221,9 @@ BNB__INLINE BNB__AVX512 __m512 bnb__dot4_scales(const float *a, __m512i pattern,
     return _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(four));
 }
 
-/* LOOKUPS: of a step. Phase 0 puts x in their order: work is vectors [dot_m(M), steps, LOOKUPS]. */
-#define BNB__DOT4(NAME, TARGET, LOOKUPS, LOOKUP, PRODUCT, MAP, X)                                                      \
+/* ALONE: rows of w at a time for one row of x. LOOKUPS: of a step. Phase 0 puts x in their order: work is vectors
+ * [dot_m(M), steps, LOOKUPS]. */
+#define BNB__DOT4(NAME, TARGET, ALONE, LOOKUPS, LOOKUP, PRODUCT, MAP, X)                                               \
 BNB__INLINE TARGET void NAME##_step(const uint8_t *q, int64_t row_bytes, const __m512i *xs, int64_t x_row, const float *absmax, \
                                     int64_t nb, __m512i map, __m512i pattern, int64_t left, __m512 *sum,               \
                                     const int whole, const int C, const int M, const int R)                            \
@@ -2283,7 +2284,7 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
     int64_t nb = l.K / l.w->quant.blocksize;                                                                           \
     const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);                            \
     switch (bnb__dot_m(l.M)) { /* R * M <= 8 sums are reduced together */                                              \
-    case 1: BNB__DOT4_TILE(NAME, 1, 1); break;                                                                         \
+    case 1: BNB__DOT4_TILE(NAME, 1, ALONE); break;                                                                     \
     case 2: BNB__DOT4_TILE(NAME, 2, 2); break;                                                                         \
     case 3: BNB__DOT4_TILE(NAME, 3, 2); break;                                                                         \
     case 4: BNB__DOT4_TILE(NAME, 4, 2); break;                                                                         \
@@ -2295,8 +2296,8 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
     if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, absmax, 32, M, R);                                     \
     else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, absmax, 64, M, R);                                \
     else NAME##_tile(&l, n0, n1, xs, absmax, 128, M, R)
-BNB__DOT4(bnb__dot4_512, BNB__AVX512, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
-BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
+BNB__DOT4(bnb__dot4_512, BNB__AVX512, 2, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
+BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 1, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
 
 static int64_t bnb__dot4_tiles_512(const bnb_tensor *y, int32_t phase)
 {
@@ -3727,6 +3728,9 @@ static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase)
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
 #define BNB__ROW_GEMM(name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, 9, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
 static const bnb__kernel bnb__fast_kernels[] = {
+    /* where bf16 is multiplied by AMX, vdpbf16ps is slow (2.2 cycles; 0.5 an fma): f32 takes no longer, and is exact */
+    BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
+    BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
     BNB__ROW_DOT4("linear_nf4_dot_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
     BNB__ROW_DOT4("linear_fp4_dot_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
     BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512, bnb__dot4_512),
