@@ -2113,12 +2113,29 @@ BNB__INLINE BNB__AVX2 float bnb__absmax(const bnb_tensor *w, int64_t b)
     return a + w->quant.nested_offset;
 }
 
-/* absmax of blocks [b, b + n): in place, or restored into local [n]. */
-static BNB__AVX2 const float *bnb__absmaxes(const bnb_tensor *w, int64_t b, int64_t n, float *local)
+/* absmax of blocks [b, b + n) into local [n], to the bits of bnb__absmax(). */
+static BNB__AVX2 const float *bnb__absmax_restore(const bnb_tensor *w, int64_t b, int64_t n, float *local)
 {
-    if (!w->quant.double_quant) return (const float *)w->plane[1] + b;
-    for (int64_t i = 0; i < n; i++) local[i] = bnb__absmax(w, b + i);
+    const uint8_t *codes = (const uint8_t *)w->plane[1] + b;
+    __m256 offset = _mm256_set1_ps(w->quant.nested_offset);
+    for (int64_t i = 0, end; i < n; i = end) { /* the blocks of one nested block */
+        end = ((b + i) | 255) + 1 - b < n ? ((b + i) | 255) + 1 - b : n;
+        __m256 scale = _mm256_set1_ps(bnb__number(BNB_F32, w->plane[2], (b + i) >> 8));
+        for (; i + 8 <= end; i += 8) {
+            __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(codes + i)));
+            __m256 a = _mm256_mul_ps(_mm256_i32gather_ps((const float *)w->plane[3], code, 4), scale);
+            __asm__("" : "+x"(a)); /* two roundings, as there */
+            _mm256_storeu_ps(local + i, _mm256_add_ps(a, offset));
+        }
+        for (; i < end; i++) local[i] = bnb__absmax(w, b + i);
+    }
     return local;
+}
+
+/* absmax of blocks [b, b + n): in place, or restored into local [n]. */
+BNB__INLINE BNB__AVX2 const float *bnb__absmaxes(const bnb_tensor *w, int64_t b, int64_t n, float *local)
+{
+    return w->quant.double_quant ? bnb__absmax_restore(w, b, n, local) : (const float *)w->plane[1] + b;
 }
 
 BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the sum of v[i] */
@@ -2259,15 +2276,15 @@ BNB__INLINE TARGET void NAME##_rows(const bnb__linear *l, int64_t n, const __m51
         NAME##_step(q + k / 2, K / 2, xs + k / 128 * LOOKUPS, x_row, absmax + (k >> shift), K >> shift, map, pattern, K - k, sum, 0, C, M, R); \
     bnb__dot_store_512(l, n, sum, M, R);                                                                               \
 }                                                                                                                      \
-BNB__INLINE TARGET void NAME##_tile(const bnb__linear *l, int64_t n0, int64_t n1, const __m512i *xs, const float *absmax, \
+BNB__INLINE TARGET void NAME##_tile(const bnb__linear *l, int64_t n0, int64_t n1, const __m512i *xs, float *local,       \
                                     const int C, const int M, const int R)                                             \
 {                                                                                                                      \
     int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);                                                        \
     int64_t nb = l->K >> shift, n = n0;                                                                                \
     __m512i map = MAP(l->w->type), lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);      \
     __m512i pattern = C == 32 ? _mm512_srli_epi32(lane, 2) : _mm512_srli_epi32(lane, 3);                               \
-    for (; n + R <= n1; n += R) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, R);           \
-    for (; n < n1; n++) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, 1);                   \
+    for (; n + R <= n1; n += R) NAME##_rows(l, n, xs, bnb__absmaxes(l->w, n * nb, R * nb, local), map, pattern, shift, C, M, R); \
+    for (; n < n1; n++) NAME##_rows(l, n, xs, bnb__absmaxes(l->w, n * nb, nb, local), map, pattern, shift, C, M, 1);           \
 }                                                                                                                      \
 static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)                                              \
 {                                                                                                                      \
@@ -2281,8 +2298,7 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
         return;                                                                                                        \
     }                                                                                                                  \
     int64_t rows = bnb__dot_rows(l.w), n0 = tile * rows, n1 = n0 + rows < l.N ? n0 + rows : l.N;                       \
-    int64_t nb = l.K / l.w->quant.blocksize;                                                                           \
-    const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);                            \
+    float *local = (float *)job->local;                                                                                \
     switch (bnb__dot_m(l.M)) { /* R * M <= 8 sums are reduced together */                                              \
     case 1: BNB__DOT4_TILE(NAME, 1, ALONE); break;                                                                     \
     case 2: BNB__DOT4_TILE(NAME, 2, 2); break;                                                                         \
@@ -2293,9 +2309,9 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
     }                                                                                                                  \
 }
 #define BNB__DOT4_TILE(NAME, M, R)                                                                                     \
-    if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, absmax, 32, M, R);                                     \
-    else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, absmax, 64, M, R);                                \
-    else NAME##_tile(&l, n0, n1, xs, absmax, 128, M, R)
+    if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, local, 32, M, R);                                      \
+    else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, local, 64, M, R);                                 \
+    else NAME##_tile(&l, n0, n1, xs, local, 128, M, R)
 BNB__DOT4(bnb__dot4_512, BNB__AVX512, 2, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
 BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 1, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
 
@@ -2309,10 +2325,10 @@ static uint64_t bnb__dot4_work_512(const bnb_tensor *y) /* enough for both: bf16
     return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * bnb__dot4_padded(y->src[1]->shape[1])) * 4;
 }
 
-static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of a tile */
+static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of two rows */
 {
     const bnb_tensor *w = y->src[1];
-    return w->quant.double_quant ? (uint64_t)(bnb__dot_rows(w) * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
+    return w->quant.double_quant ? (uint64_t)(2 * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
 }
 
 /* f32, f16, bf16, codes of int8_kv: sixteen numbers (fewer: mask) from element i as f32. */
