@@ -408,7 +408,9 @@ Products Bench::products(int64_t m, size_t copies) const {
     bnb_tensor *h = bnb_scale(p.ctx.get(), x, 1);
     std::vector<bnb_tensor *> ws, ys;
     for (size_t i = 0; i < copies; i++) {
-        ws.push_back(on_cpu ? cli::need(new_weight(p.ctx.get()), err) : cli::need(bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype), err));
+        bnb_tensor *copy = on_cpu ? new_weight(p.ctx.get())
+                                  : bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype);
+        ws.push_back(cli::need(copy, err));
         ys.push_back(bnb_add(p.ctx.get(), sum, bnb_linear(p.ctx.get(), h, ws.back(), nullptr)));
     }
     bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), ys.data(), int32_t(copies), &err), err);
@@ -416,7 +418,8 @@ Products Bench::products(int64_t m, size_t copies) const {
     for (bnb_tensor *copy : ws) {
         if (!on_cpu) cli::need(bnb_tensor_upload(copy, w, &err), err);
         for (int32_t i = 0; on_cpu && i < BNB_MAX_PLANES; i++) // uploaded to a CPU, all would share one memory
-            if (const uint64_t n = bnb_plane_bytes(type, &quant, 2, bnb_tensor_shape(w), i)) memcpy(bnb_tensor_plane(copy, i), bnb_tensor_plane(w, i), n);
+            if (const uint64_t n = bnb_plane_bytes(type, &quant, 2, bnb_tensor_shape(w), i))
+                memcpy(bnb_tensor_plane(copy, i), bnb_tensor_plane(w, i), n);
     }
     p.plan.reset(cli::need(bnb_plan_create(backend.get(), graph, &plan_params, &err), err));
     cli::need(bnb_plan_alloc(p.plan.get(), &err), err);
