@@ -2145,6 +2145,14 @@ BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the 
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
 }
 
+/* Lanes 0 and 1 of the same, to the same bits, with half the shuffles: a short row has little else to do. */
+BNB__INLINE BNB__AVX2 __m256 bnb__sum2(__m256 a, __m256 b)
+{
+    __m256 s = _mm256_hadd_ps(a, b);
+    s = _mm256_hadd_ps(s, s);
+    return _mm256_add_ps(s, _mm256_permute2f128_ps(s, s, 0x01));
+}
+
 /* ---- dot: y for M rows of x, R rows of w at a time ---- */
 
 enum {
@@ -2177,7 +2185,7 @@ static int64_t bnb__dot_m(int64_t M) { return M <= 4 ? M : M <= 6 ? 6 : 8; } /* 
 BNB__INLINE BNB__AVX2 void bnb__dot_store(const bnb__linear *l, int64_t n, const __m256 *sum, const int M, const int R)
 {
     float s[8];
-    _mm256_storeu_ps(s, bnb__sum8(sum));
+    _mm256_storeu_ps(s, R * M <= 2 ? bnb__sum2(sum[0], sum[1]) : bnb__sum8(sum));
     for (int r = 0; r < R; r++) {
         float b = bnb__bias(l->bias, n + r);
         for (int m = 0; m < M && m < l->M; m++) l->y[m * l->N + n + r] = s[r * M + m] + b;
