@@ -2113,12 +2113,29 @@ BNB__INLINE BNB__AVX2 float bnb__absmax(const bnb_tensor *w, int64_t b)
     return a + w->quant.nested_offset;
 }
 
-/* absmax of blocks [b, b + n): in place, or restored into local [n]. */
-static BNB__AVX2 const float *bnb__absmaxes(const bnb_tensor *w, int64_t b, int64_t n, float *local)
+/* absmax of blocks [b, b + n) into local [n], to the bits of bnb__absmax(). */
+static BNB__AVX2 const float *bnb__absmax_restore(const bnb_tensor *w, int64_t b, int64_t n, float *local)
 {
-    if (!w->quant.double_quant) return (const float *)w->plane[1] + b;
-    for (int64_t i = 0; i < n; i++) local[i] = bnb__absmax(w, b + i);
+    const uint8_t *codes = (const uint8_t *)w->plane[1] + b;
+    __m256 offset = _mm256_set1_ps(w->quant.nested_offset);
+    for (int64_t i = 0, end; i < n; i = end) { /* the blocks of one nested block */
+        end = ((b + i) | 255) + 1 - b < n ? ((b + i) | 255) + 1 - b : n;
+        __m256 scale = _mm256_set1_ps(bnb__number(BNB_F32, w->plane[2], (b + i) >> 8));
+        for (; i + 8 <= end; i += 8) {
+            __m256i code = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)(const void *)(codes + i)));
+            __m256 a = _mm256_mul_ps(_mm256_i32gather_ps((const float *)w->plane[3], code, 4), scale);
+            __asm__("" : "+x"(a)); /* two roundings, as there */
+            _mm256_storeu_ps(local + i, _mm256_add_ps(a, offset));
+        }
+        for (; i < end; i++) local[i] = bnb__absmax(w, b + i);
+    }
     return local;
+}
+
+/* absmax of blocks [b, b + n): in place, or restored into local [n]. */
+BNB__INLINE BNB__AVX2 const float *bnb__absmaxes(const bnb_tensor *w, int64_t b, int64_t n, float *local)
+{
+    return w->quant.double_quant ? bnb__absmax_restore(w, b, n, local) : (const float *)w->plane[1] + b;
 }
 
 BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the sum of v[i] */
@@ -2126,6 +2143,14 @@ BNB__INLINE BNB__AVX2 __m256 bnb__sum8(const __m256 *v) /* [8] -> lane i is the 
     __m256 a = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
     __m256 b = _mm256_hadd_ps(_mm256_hadd_ps(v[4], v[5]), _mm256_hadd_ps(v[6], v[7]));
     return _mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+}
+
+/* Lanes 0 and 1 of the same, to the same bits, with half the shuffles: a short row has little else to do. */
+BNB__INLINE BNB__AVX2 __m256 bnb__sum2(__m256 a, __m256 b)
+{
+    __m256 s = _mm256_hadd_ps(a, b);
+    s = _mm256_hadd_ps(s, s);
+    return _mm256_add_ps(s, _mm256_permute2f128_ps(s, s, 0x01));
 }
 
 /* ---- dot: y for M rows of x, R rows of w at a time ---- */
@@ -2160,7 +2185,7 @@ static int64_t bnb__dot_m(int64_t M) { return M <= 4 ? M : M <= 6 ? 6 : 8; } /* 
 BNB__INLINE BNB__AVX2 void bnb__dot_store(const bnb__linear *l, int64_t n, const __m256 *sum, const int M, const int R)
 {
     float s[8];
-    _mm256_storeu_ps(s, bnb__sum8(sum));
+    _mm256_storeu_ps(s, R * M <= 2 ? bnb__sum2(sum[0], sum[1]) : bnb__sum8(sum));
     for (int r = 0; r < R; r++) {
         float b = bnb__bias(l->bias, n + r);
         for (int m = 0; m < M && m < l->M; m++) l->y[m * l->N + n + r] = s[r * M + m] + b;
@@ -2221,8 +2246,9 @@ BNB__INLINE BNB__AVX512 __m512 bnb__dot4_scales(const float *a, __m512i pattern,
     return _mm512_permutexvar_ps(pattern, _mm512_castps128_ps512(four));
 }
 
-/* LOOKUPS: of a step. Phase 0 puts x in their order: work is vectors [dot_m(M), steps, LOOKUPS]. */
-#define BNB__DOT4(NAME, TARGET, LOOKUPS, LOOKUP, PRODUCT, MAP, X)                                                      \
+/* ALONE: rows of w at a time for one row of x. LOOKUPS: of a step. Phase 0 puts x in their order: work is vectors
+ * [dot_m(M), steps, LOOKUPS]. */
+#define BNB__DOT4(NAME, TARGET, ALONE, LOOKUPS, LOOKUP, PRODUCT, MAP, X)                                               \
 BNB__INLINE TARGET void NAME##_step(const uint8_t *q, int64_t row_bytes, const __m512i *xs, int64_t x_row, const float *absmax, \
                                     int64_t nb, __m512i map, __m512i pattern, int64_t left, __m512 *sum,               \
                                     const int whole, const int C, const int M, const int R)                            \
@@ -2258,15 +2284,15 @@ BNB__INLINE TARGET void NAME##_rows(const bnb__linear *l, int64_t n, const __m51
         NAME##_step(q + k / 2, K / 2, xs + k / 128 * LOOKUPS, x_row, absmax + (k >> shift), K >> shift, map, pattern, K - k, sum, 0, C, M, R); \
     bnb__dot_store_512(l, n, sum, M, R);                                                                               \
 }                                                                                                                      \
-BNB__INLINE TARGET void NAME##_tile(const bnb__linear *l, int64_t n0, int64_t n1, const __m512i *xs, const float *absmax, \
+BNB__INLINE TARGET void NAME##_tile(const bnb__linear *l, int64_t n0, int64_t n1, const __m512i *xs, float *local,       \
                                     const int C, const int M, const int R)                                             \
 {                                                                                                                      \
     int shift = __builtin_ctz((unsigned)l->w->quant.blocksize);                                                        \
     int64_t nb = l->K >> shift, n = n0;                                                                                \
     __m512i map = MAP(l->w->type), lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);      \
     __m512i pattern = C == 32 ? _mm512_srli_epi32(lane, 2) : _mm512_srli_epi32(lane, 3);                               \
-    for (; n + R <= n1; n += R) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, R);           \
-    for (; n < n1; n++) NAME##_rows(l, n, xs, absmax + (n - n0) * nb, map, pattern, shift, C, M, 1);                   \
+    for (; n + R <= n1; n += R) NAME##_rows(l, n, xs, bnb__absmaxes(l->w, n * nb, R * nb, local), map, pattern, shift, C, M, R); \
+    for (; n < n1; n++) NAME##_rows(l, n, xs, bnb__absmaxes(l->w, n * nb, nb, local), map, pattern, shift, C, M, 1);           \
 }                                                                                                                      \
 static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)                                              \
 {                                                                                                                      \
@@ -2280,10 +2306,9 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
         return;                                                                                                        \
     }                                                                                                                  \
     int64_t rows = bnb__dot_rows(l.w), n0 = tile * rows, n1 = n0 + rows < l.N ? n0 + rows : l.N;                       \
-    int64_t nb = l.K / l.w->quant.blocksize;                                                                           \
-    const float *absmax = bnb__absmaxes(l.w, n0 * nb, (n1 - n0) * nb, (float *)job->local);                            \
+    float *local = (float *)job->local;                                                                                \
     switch (bnb__dot_m(l.M)) { /* R * M <= 8 sums are reduced together */                                              \
-    case 1: BNB__DOT4_TILE(NAME, 1, 1); break;                                                                         \
+    case 1: BNB__DOT4_TILE(NAME, 1, ALONE); break;                                                                     \
     case 2: BNB__DOT4_TILE(NAME, 2, 2); break;                                                                         \
     case 3: BNB__DOT4_TILE(NAME, 3, 2); break;                                                                         \
     case 4: BNB__DOT4_TILE(NAME, 4, 2); break;                                                                         \
@@ -2292,11 +2317,11 @@ static TARGET void NAME(const bnb__job *job, int32_t phase, int64_t tile)       
     }                                                                                                                  \
 }
 #define BNB__DOT4_TILE(NAME, M, R)                                                                                     \
-    if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, absmax, 32, M, R);                                     \
-    else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, absmax, 64, M, R);                                \
-    else NAME##_tile(&l, n0, n1, xs, absmax, 128, M, R)
-BNB__DOT4(bnb__dot4_512, BNB__AVX512, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
-BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
+    if (l.w->quant.blocksize == 32) NAME##_tile(&l, n0, n1, xs, local, 32, M, R);                                      \
+    else if (l.w->quant.blocksize == 64) NAME##_tile(&l, n0, n1, xs, local, 64, M, R);                                 \
+    else NAME##_tile(&l, n0, n1, xs, local, 128, M, R)
+BNB__DOT4(bnb__dot4_512, BNB__AVX512, 2, 8, BNB__LOOKUP_F32, BNB__PRODUCT_F32, bnb__dot4_map_f32, bnb__dot4_x_f32)
+BNB__DOT4(bnb__dot4_bf16, BNB__BF16, 1, 4, BNB__LOOKUP_BF16, BNB__PRODUCT_BF16, bnb__dot4_map_bf16, bnb__dot4_x_bf16)
 
 static int64_t bnb__dot4_tiles_512(const bnb_tensor *y, int32_t phase)
 {
@@ -2308,10 +2333,10 @@ static uint64_t bnb__dot4_work_512(const bnb_tensor *y) /* enough for both: bf16
     return (uint64_t)(bnb__dot_m(y->src[0]->shape[0]) * bnb__dot4_padded(y->src[1]->shape[1])) * 4;
 }
 
-static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of a tile */
+static uint64_t bnb__dot4_local(const bnb_tensor *y) /* restored absmax of two rows */
 {
     const bnb_tensor *w = y->src[1];
-    return w->quant.double_quant ? (uint64_t)(bnb__dot_rows(w) * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
+    return w->quant.double_quant ? (uint64_t)(2 * (w->shape[1] / w->quant.blocksize)) * 4 : 0;
 }
 
 /* f32, f16, bf16, codes of int8_kv: sixteen numbers (fewer: mask) from element i as f32. */
@@ -3727,6 +3752,9 @@ static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase)
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
 #define BNB__ROW_GEMM(name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, 9, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
 static const bnb__kernel bnb__fast_kernels[] = {
+    /* where bf16 is multiplied by AMX, vdpbf16ps is slow (2.2 cycles; 0.5 an fma): f32 takes no longer, and is exact */
+    BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
+    BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
     BNB__ROW_DOT4("linear_nf4_dot_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
     BNB__ROW_DOT4("linear_fp4_dot_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__dot4_bf16),
     BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512, bnb__dot4_512),
@@ -4149,7 +4177,7 @@ typedef struct bnb__cpu_plan {
     const bnb_plan_params *params;
     const bnb__kernel **kernels; /* [n_nodes]; NULL for views */
     bnb__step *steps;            /* [n_steps] */
-    _Atomic int64_t *next;       /* [n_steps, n_threads]: the next tile of a thread's stretch */
+    _Atomic int64_t *next;       /* [n_threads, n_steps]: the next tile of a thread's stretch; threads share no line */
     int32_t n_steps;
     uint64_t bytes;              /* of this allocation */
     uint64_t work, local;        /* scratch: shared, and for each thread */
@@ -4224,8 +4252,9 @@ static bnb_status bnb__check_indices(const bnb_graph *g, bnb_error *err) {
 /* Where the stretch of tiles begins that belongs to a thread: neighbours read memory that follows each other. */
 static int64_t bnb__stretch(const bnb__step *s, int32_t ith, int32_t nth) { return s->tiles * ith / nth; }
 
-/* A thread takes the tiles of its own stretch, then what others have left of theirs. Runs of steps with a single tile
- * (decoding has many) stay on thread 0 without barriers between them. */
+/* A thread takes the tiles of its own stretch, then what others have left of theirs: a quarter of what is left at a time,
+ * because taking waits for loads under way and other threads' lines, and the stream of weights with it. Runs of steps
+ * with a single tile (decoding has many) stay on thread 0 without barriers between them. */
 static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
     bnb__cpu_plan *p = arg;
     double start = ith == 0 && p->times ? bnb__seconds() : 0;
@@ -4235,9 +4264,12 @@ static void bnb__cpu_team(void *arg, int32_t ith, int32_t nth) {
         bnb__job job = {step->y, p->scratch, p->scratch + p->work + p->local * (uint64_t)ith};
         for (int32_t j = 0; !serial && j < nth; j++) {
             int32_t whose = (ith + j) % nth;
-            int64_t end = bnb__stretch(step, whose + 1, nth);
-            for (int64_t i; (i = atomic_fetch_add_explicit(&p->next[s * nth + whose], 1, memory_order_relaxed)) < end;)
-                step->kernel->run(&job, step->phase, i);
+            _Atomic int64_t *next = &p->next[whose * p->n_steps + s];
+            for (int64_t end = bnb__stretch(step, whose + 1, nth), i; (i = atomic_load_explicit(next, memory_order_relaxed)) < end;) {
+                int64_t n = (end - i + 3) / 4; /* others may have taken some meanwhile: then these are later ones, or none */
+                i = atomic_fetch_add_explicit(next, n, memory_order_relaxed);
+                for (int64_t e = BNB__MIN(i + n, end); i < e; i++) step->kernel->run(&job, step->phase, i);
+            }
         }
         if (serial && ith == 0 && step->tiles) step->kernel->run(&job, step->phase, 0);
         if (!serial || (s + 1 < p->n_steps && p->steps[s + 1].tiles > 1)) bnb__barrier(&p->env->pool);
@@ -4256,7 +4288,7 @@ static bnb_status bnb__cpu_run(void *dev, void *compiled, void *scratch, double 
     p->scratch = scratch;
     p->times = times;
     for (int32_t i = 0, n = p->env->pool.n; i < p->n_steps * n; i++)
-        atomic_store_explicit(&p->next[i], bnb__stretch(&p->steps[i / n], i % n, n), memory_order_relaxed);
+        atomic_store_explicit(&p->next[i], bnb__stretch(&p->steps[i % p->n_steps], i / p->n_steps, n), memory_order_relaxed);
     if (times) memset(times, 0, (size_t)p->graph->n_nodes * sizeof *times);
     bnb__team(dev, bnb__cpu_team, p);
     for (int32_t i = 0; i < p->params->n_feeds; i++) {

@@ -348,7 +348,8 @@ typedef struct bnb_plan bnb_plan; /* owned by its env; free it before the ctx of
 
 enum {
     BNB_COMPUTE_AUTO = -1 /* what is fastest. CPU: f32; where it multiplies bf16 that, summed in f32, for 4-bit weights and
-                             for prompts. GPU: f16 products summed in f32. f32 if the weights are f32               */
+                             for prompts (with AMX for prompts only). GPU: f16 products summed in f32. f32 if the weights
+                             are f32 */
 };
 
 /* What a plan feeds back: after a run, to[i] = from[i] + add[i % 2]. Both are i32 of one size, `to` an input of the graph

@@ -11,6 +11,9 @@
 #include "cli.h"
 
 #include <stdlib.h>
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 
 namespace {
 
@@ -83,38 +86,54 @@ struct Random {
 
 typedef uint64_t Vector __attribute__((vector_size(16)));
 
+// More bytes than the caches keep from one reading to the next.
+size_t beyond_caches() {
+    size_t last = 0;
+#ifdef _SC_LEVEL3_CACHE_SIZE
+    last = size_t(std::max(sysconf(_SC_LEVEL3_CACHE_SIZE), 0L));
+#endif
+    return std::min(std::max(size_t(1) << 29, 2 * last), size_t(1) << 30) >> 20 << 20;
+}
+
 struct Buffer {
-    static constexpr size_t bytes = size_t(1) << 29, parts = 512, part = bytes / sizeof(Vector) / parts;
-    Vector *data = static_cast<Vector *>(aligned_alloc(4096, bytes)); // not the env's: it would count as its memory
-    uint64_t sums[parts] = {};
-    ~Buffer() { free(data); }
+    static constexpr size_t part = size_t(1) << 20; // much shorter, and the stream of reads begins anew too often
+    bnb_env *env;
+    size_t bytes = beyond_caches();
+    Vector *data = static_cast<Vector *>(bnb_alloc(env, bytes, nullptr)); // memory as weights have, in large pages
+    std::vector<uint64_t> sums = std::vector<uint64_t>(bytes / part);
+    explicit Buffer(bnb_env *e) : env(e) {}
+    ~Buffer() { bnb_free(env, data, bytes); }
 
     static void fill(void *self, int64_t i) {
-        memset(static_cast<Buffer *>(self)->data + size_t(i) * part, 1, part * sizeof(Vector));
+        memset(reinterpret_cast<char *>(static_cast<Buffer *>(self)->data) + size_t(i) * part, 1, part);
     }
     static void sum(void *self, int64_t i) { // four sums by name: an array would lie in memory where code is to be small
         Buffer &buffer = *static_cast<Buffer *>(self);
-        const Vector *v = buffer.data + size_t(i) * part, *end = v + part;
+        const Vector *v = buffer.data + size_t(i) * (part / sizeof *v), *end = v + part / sizeof *v;
         Vector a = {}, b = {}, c = {}, d = {};
-        for (; v < end; v += 4) a += v[0], b += v[1], c += v[2], d += v[3];
+        for (; v < end; v += 4) {
+            __builtin_prefetch(reinterpret_cast<const char *>(v) + 2048); // as kernels do: without, some CPUs read less
+            a += v[0], b += v[1], c += v[2], d += v[3];
+        }
         a += b + c + d;
-        buffer.sums[i] = a[0] + a[1]; // nothing is dead code
+        buffer.sums[size_t(i)] = a[0] + a[1]; // nothing is dead code
     }
 };
 
 // Bytes per second; the best of several runs, because a limit is asked for.
 double read_bandwidth(bnb_env *env) {
-    const auto buffer = std::make_unique<Buffer>();
-    if (!buffer->data) cli::fail("no memory to measure bandwidth with (512 MiB)");
-    bnb_parallel(env, Buffer::parts, Buffer::fill, buffer.get());
+    Buffer buffer(env);
+    if (!buffer.data) cli::fail(cli::format("no memory to measure bandwidth with (%zu MiB)", buffer.bytes >> 20));
+    const int64_t parts = int64_t(buffer.sums.size());
+    bnb_parallel(env, parts, Buffer::fill, &buffer);
     double best = 1e30;
     for (int i = 0; i < 8; i++) {
         const double start = cli::now();
-        bnb_parallel(env, Buffer::parts, Buffer::sum, buffer.get());
+        bnb_parallel(env, parts, Buffer::sum, &buffer);
         best = std::min(best, cli::now() - start);
         cli::stop_if_interrupted();
     }
-    return double(Buffer::bytes) / best;
+    return double(buffer.bytes) / best;
 }
 
 // ---- a model ------------------------------------------------------------------------------------------------------
@@ -324,6 +343,7 @@ struct Bench {
     cli::Backend backend, host; // host: the CPU, where w is made
     cli::Ctx weights; // holds w on the host, from which every product's own W is copied
     bnb_tensor *w;
+    bool on_cpu;
 
     Bench(const Options &options, const cli::Given &given, bnb_env *env);
     uint64_t bytes() const { return bnb_tensor_bytes(w); }
@@ -355,6 +375,7 @@ Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e) : o(op
     const std::string device = model.device;
     backend.reset(cli::need(bnb_backend_open(env, device.c_str(), &err), err));
     host.reset(cli::need(bnb_backend_open(env, "cpu", &err), err));
+    on_cpu = !strcmp(bnb_backend_name(backend.get()), "cpu");
     make_weights();
 }
 
@@ -387,11 +408,19 @@ Products Bench::products(int64_t m, size_t copies) const {
     bnb_tensor *h = bnb_scale(p.ctx.get(), x, 1);
     std::vector<bnb_tensor *> ws, ys;
     for (size_t i = 0; i < copies; i++) {
-        ws.push_back(cli::need(bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype), err));
+        bnb_tensor *copy = on_cpu ? new_weight(p.ctx.get())
+                                  : bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype);
+        ws.push_back(cli::need(copy, err));
         ys.push_back(bnb_add(p.ctx.get(), sum, bnb_linear(p.ctx.get(), h, ws.back(), nullptr)));
     }
     bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), ys.data(), int32_t(copies), &err), err);
-    for (bnb_tensor *copy : ws) cli::need(bnb_tensor_upload(copy, w, &err), err);
+    if (on_cpu) cli::need(bnb_ctx_alloc(p.ctx.get(), backend.get(), &err), err);
+    for (bnb_tensor *copy : ws) {
+        if (!on_cpu) cli::need(bnb_tensor_upload(copy, w, &err), err);
+        for (int32_t i = 0; on_cpu && i < BNB_MAX_PLANES; i++) // uploaded to a CPU, all would share one memory
+            if (const uint64_t n = bnb_plane_bytes(type, &quant, 2, bnb_tensor_shape(w), i))
+                memcpy(bnb_tensor_plane(copy, i), bnb_tensor_plane(w, i), n);
+    }
     p.plan.reset(cli::need(bnb_plan_create(backend.get(), graph, &plan_params, &err), err));
     cli::need(bnb_plan_alloc(p.plan.get(), &err), err);
     Random random = {2};
@@ -418,8 +447,8 @@ std::string kernel_name(const bnb_plan *plan) {
 // Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model
 // do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would).
 double Bench::seconds(int64_t m, std::string *kernel) const {
-    const uint64_t beyond_caches = 256u << 20;
-    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(beyond_caches / bytes() + 2, 256)) : 1;
+    const uint64_t all = on_cpu ? beyond_caches() : 256u << 20;
+    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(all / bytes() + 2, 256)) : 1;
     const Products p = products(m, copies);
     *kernel = kernel_name(p.plan.get());
     bnb_error err;
