@@ -2044,11 +2044,13 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> st
     // What warps and blocks have summed of y, for those that finish it: [kTogether][kSplit][kRowThreads] pairs.
     static constexpr int kPairs = kN / 4, kPairBytes = kSplit * kRowThreads * 8;
     static constexpr int kTogether = min_of(kPairs, 32 * 1024 / kPairBytes);
-    static constexpr int kSumBytes = kTogether * kPairBytes, kBarrierBytes = 256;
-    static constexpr int kFree = kMaxShared - kTableBytes - kSumBytes - kBarrierBytes;
-    static constexpr int kStages = min_of(8, kFree / (kStageX + kStageW));
-    static constexpr int kTable = kStages * kStageX, kSums = kTable + kTableBytes;
-    static constexpr int kUnits = kSums + kSumBytes, kBarriers = kUnits + kStages * kStageW;
+    // Where decoding takes the most time the table has gaps, for one instruction less, and sums lie in the gaps.
+    static constexpr int kSpread = kN <= 64 ? 2 : 1, kSumBytes = kTogether * kPairBytes;
+    static_assert(kSpread == 1 || kSumBytes <= kTableBytes, "sums fit the gaps");
+    static constexpr int kFixed = kTableBytes + (kSpread == 1 ? kSumBytes : kTableBytes), kBarrierBytes = 256;
+    static constexpr int kStages = min_of(8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
+    static constexpr int kTable = kStages * kStageX, kSums = kTable + (kSpread == 1 ? kTableBytes : 128);
+    static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
@@ -2140,16 +2142,16 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     const int g = lane / 4, t = lane % 4, row_warp = warp % (kRows * 4), split = warp / (kRows * 4);
     constexpr int kThreads = S::kWarps * 32;
     if (S::kRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters ? S::kRegisters : 24));
-    for (int i = threadIdx.x; i < 512; i += kThreads) fill_table<128>(shared + S::kTable, a.map, i);
+    for (int i = threadIdx.x; i < 512; i += kThreads) fill_table<128 * S::kSpread>(shared + S::kTable, a.map, i);
     wait_for_prior_kernel();
     consumer_sync<kThreads>();
 
     // Addresses are kept, not computed in each step anew.
-    uint32_t table = shared_address(shared + S::kTable) + lane * 4;
+    uint32_t bank = lane * 4, table = shared_address(shared + S::kTable) + bank;
     uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes +
                       row_warp % 4 * kUnitBytes + lane * 16;
     uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8, arrives = lane == 0;
-    asm volatile("" : "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
+    asm volatile("" : "+r"(bank), "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
     float acc[kN / 2]; // rows 2 g (+ 1) of the warp's unit, rows 8 i + 2 t (+ 1) of x
     for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
         const int block = first_block(tile) + row_warp / 4;
@@ -2174,7 +2176,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         auto expand = [&](uint32_t(&f)[kDeep][16]) {
 #pragma unroll
             for (int d = 0; d < kDeep; ++d) {
-                decode(codes[d], table, f[d]);
+                if constexpr (S::kSpread == 2) decode(codes[d], shared + S::kTable, bank, f[d]);
+                else decode(codes[d], table, f[d]);
                 const __half2 both = __floats2half2_rn(absmax[d].x * inverse0, absmax[d].y * inverse1);
                 const __half2 scale0 = __low2half2(both), scale1 = __high2half2(both);
 #pragma unroll
@@ -2225,7 +2228,10 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale);
         // They go through shared memory, which has an index at run time, and where the parts of a sum meet. The pairs
         // are dealt to the warpgroups with these rows, in all blocks; without others a lane reads what it wrote.
-        const uint32_t meet = shared_address(shared + S::kSums) + (row_warp * 32 + lane) * 8;
+        // A warp's 32 pairs are 256 bytes, or with gaps twice 128.
+        constexpr int kPairAt = S::kPairBytes * S::kSpread, kSplitAt = S::kRowThreads * 8 * S::kSpread;
+        const uint32_t meet = shared_address(shared + S::kSums) + row_warp * (256 * S::kSpread) +
+                              lane / 16 * (128 * S::kSpread) + lane % 16 * 8;
         const int dealt = ranks * kSplit, own = rank * kSplit + split;
         auto sync = [&] {
             if (ranks > 1) cluster_sync();
@@ -2237,7 +2243,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 #pragma unroll
             for (int p = 0; p < S::kPairs; ++p) // registers have none
                 if (p / S::kTogether * S::kTogether == p0)
-                    store_shared2(meet + p % S::kTogether * S::kPairBytes + split * (S::kRowThreads * 8),
+                    store_shared2(meet + p % S::kTogether * kPairAt + split * kSplitAt,
                                   make_float2(acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]));
             // Residuals that are on their way together; sums of the next pairs leave few registers.
             constexpr int kBatch = min_of(S::kWarps == 16 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
@@ -2245,16 +2251,16 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 #pragma unroll 1
             for (int first = own; first < (dealt == 1 ? 2 : min(own + 1, S::kTogether)); ++first) {
                 auto sum = [&](int i) {
-                    const uint32_t from = meet + (first + i * step) * S::kPairBytes;
+                    const uint32_t from = meet + (first + i * step) * kPairAt;
                     float2 v = make_float2(0, 0);
                     auto add = [&](const float2 &q) { v.x += q.x, v.y += q.y; };
                     if (ranks == 1)
 #pragma unroll
-                        for (int k = 0; k < kSplit; ++k) add(load_shared2(from + k * (S::kRowThreads * 8)));
+                        for (int k = 0; k < kSplit; ++k) add(load_shared2(from + k * kSplitAt));
                     else
 #pragma unroll 1
                         for (int k = 0; k < dealt; ++k)
-                            add(cluster_load2(from + k % kSplit * (S::kRowThreads * 8), k / kSplit));
+                            add(cluster_load2(from + k % kSplit * kSplitAt, k / kSplit));
                     return v;
                 };
                 pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4,
