@@ -2824,8 +2824,8 @@ __device__ inline void tensor_load(void *dst, const CUtensorMap *map, int x, int
 }
 
 /* A tensor of D dimensions, size[0] the innermost, the others pitch[] bytes apart, read in boxes of 128 bytes by box[1]
- * by ..., that land with the 128-byte swizzle: 16-byte unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside the
- * tensor: zeros. */
+ * by ..., that land with the 128-byte swizzle: 16-byte unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside
+ * the tensor: zeros. */
 template <int D>
 cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, const int64_t (&size)[D],
                        const int64_t (&pitch)[D - 1], const int (&box)[D]) {
@@ -2948,7 +2948,7 @@ template <int N> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
-#define BNB__REGS_8 "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define BNB__REGS_8  "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define BNB__REGS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define BNB__REGS_32                                                                                                   \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
@@ -3061,17 +3061,16 @@ struct Linear8 {
 
 enum { linear8_chunk = 128, few8 = 16 }; /* columns in one tile: the swizzle's width; places for a row's outliers */
 
-bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0; }
+bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0 && K <= 1 << 18; } /* see linear8_columns */
 
 /* What lies in scratch; Kp: K rounded up to whole chunks. */
 struct Scratch8 {
     int8_t *codes; /* [M, Kp] x in int8: 0 for outliers and beyond K */
     float *sca;    /* [M]     largest magnitude of a row's ordinary elements */
-    uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier */
+    uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier; only for M <= 16 and where `few` has no room */
     int *few;      /* [M, 16] a row's outlier columns in any order, then -1; -2 in front: more than 16, see mask */
-    uint32_t *any; /* [Kp / 32]   bit k: some row has an outlier there */
-    int *list;     /* [Kp]    the columns of `any`, ascending */
-    int *count;    /* [2]     how many; blocks of linear8_columns that are done */
+    int *list;     /* [Kp]    columns with an outlier in some row, ascending */
+    int *count;    /* [1]     how many */
     int Kp;
     size_t bytes;
 };
@@ -3088,9 +3087,8 @@ Scratch8 scratch8(const Linear8 &l) {
     s.sca = (float *)take(M * 4);
     s.mask = (uint8_t *)take(M * Kp / 8);
     s.few = (int *)take(M * few8 * 4);
-    s.any = (uint32_t *)take(Kp / 8);
     s.list = (int *)take(Kp * 4);
-    s.count = (int *)take(8);
+    s.count = (int *)take(4);
     s.bytes = (size_t)(p - start);
     return s;
 }
@@ -3245,7 +3243,6 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
             const int at = k + i * step;
             if (at >= Kp) continue;
             *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
-            p.s.mask[(size_t)m * (Kp / 8) + at / 8] = (uint8_t)(at < K ? outliers[i] : 0);
             if (at < K)
                 for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare */
                     const int place = atomicAdd(&n_outliers, 1);
@@ -3254,68 +3251,93 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
         }
     }
     if (tid == 0) p.s.sca[m] = absmax;
-    if (p.l.threshold > 0) {
-        __syncthreads();
-        if (tid < few8) p.s.few[m * few8 + tid] = n_outliers > few8 && tid == 0 ? -2 : few[tid];
+    __syncthreads();
+    if (tid < few8) p.s.few[m * few8 + tid] = n_outliers > few8 && tid == 0 ? -2 : few[tid];
+    if (n_outliers <= few8 && p.l.M > 16) return; /* nothing reads the mask */
+    for (int k = tid * 8; k < Kp; k += ahead * step) {
+        if (K > ahead * step) load(k);
+#pragma unroll
+        for (int i = 0; i < ahead; i++)
+            if (const int at = k + i * step; at < Kp)
+                p.s.mask[(size_t)m * (Kp / 8) + at / 8] = (uint8_t)(at < K ? outliers[i] : 0);
     }
-    if (m > 0) return;
-    for (int i = tid; i < Kp / 32; i += blockDim.x) p.s.any[i] = 0; /* for linear8_columns */
-    if (tid == 0) p.s.count[1] = 0;
 #endif
 }
 
 cudaError_t linear8_quantize_launch(cudaStream_t stream, const Linear8 &l, bool pdl) {
     const int threads = (l.K / (8 * quantize8_ahead) + 31) / 32 * 32;
     return launch(linear8_quantize, Quantize8{l, scratch8(l)}, dim3(l.M),
-                  threads < 64 ? 64 : threads < quantize8_most ? threads : quantize8_most, 0, 1, pdl, stream);
+                  std::max(64, std::min(threads, (int)quantize8_most)), 0, 1, pdl, stream);
 }
 
-/* Columns with outliers: a warp for 32 of them and 256 rows. The block that is done last makes list and count, and with
- * rule 0 the columns' codes 0. */
-enum { columns8_rows = 256 };
-__global__ void __launch_bounds__(256) linear8_columns(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__MMA
-    __shared__ int before[8], last;
-    const int tid = threadIdx.x, lane = tid % 32, w = blockIdx.x * 8 + tid / 32, n_words = p.s.Kp / 32, M = p.l.M;
-    grid_launch_dependents();
-    grid_wait();
-    if (w < n_words) {
-        uint32_t any = 0;
-#pragma unroll
-        for (int i = 0; i < columns8_rows / 32; i++) {
-            const int m = blockIdx.y * columns8_rows + 32 * i + lane;
-            any |= ((const uint32_t *)p.s.mask)[(size_t)min(m, M - 1) * n_words + w];
-        }
-        any = __reduce_or_sync(~0u, any);
-        if (lane == 0 && any) atomicOr(p.s.any + w, any);
-    }
-    __threadfence();
-    __syncthreads();
-    if (tid == 0) last = atomicAdd(p.s.count + 1, 1) == (int)(gridDim.x * gridDim.y) - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    int n = 0; /* columns before the current stretch of 256 words */
-    for (int base = 0; base < n_words; base += 256) {
-        uint32_t u = base + tid < n_words ? __ldcg(p.s.any + base + tid) : 0;
+/* One warp: columns `from`.. of the mask, at most `most` of them, in ascending order. -> how many the mask has */
+__device__ inline int mask_columns8(const uint32_t *mask, int n_words, int from, int most, int *columns) {
+    const int lane = threadIdx.x % 32;
+    int n = 0;
+    for (int base = 0; base < n_words; base += 32) {
+        uint32_t u = base + lane < n_words ? mask[base + lane] : 0;
+        if (!__any_sync(~0u, u)) continue;
         int sum = __popc(u);
         for (int d = 1; d < 32; d *= 2) {
             const int other = __shfl_up_sync(~0u, sum, d);
             if (lane >= d) sum += other;
         }
-        if (lane == 31) before[tid / 32] = sum;
-        __syncthreads();
-        int at = n + sum - __popc(u);
-        for (int j = 0; j < 8; j++) n += before[j], at += j < tid / 32 ? before[j] : 0;
-        for (; u; u &= u - 1) p.s.list[at++] = (base + tid) * 32 + __ffs(u) - 1;
-        __syncthreads();
+        int at = n + sum - __popc(u) - from;
+        for (; u; u &= u - 1, at++)
+            if (at >= 0 && at < most) columns[at] = (base + lane) * 32 + __ffs(u) - 1;
+        n += __shfl_sync(~0u, sum, 31);
     }
-    if (tid == 0) p.s.count[0] = n;
-    if (p.l.outlier_rule == 0)
-        for (int j = 0; j < n; j++) {
-            const int k = p.s.list[j]; /* written by this block, before a barrier */
-            for (int m = tid; m < M; m += 256) p.s.codes[(size_t)m * p.s.Kp + k] = 0;
+    __syncwarp();
+    return n;
+}
+
+/* mask [Kp / 32] in shared memory, zeros before, gets the outlier columns of all rows. For `threads`, this one is
+ * thread i of them. */
+__device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, uint32_t *mask, int i, int threads) {
+#pragma unroll 4
+    for (; i < l.M * 4; i += threads) {
+        const int4 f = __ldcg((const int4 *)s.few + i);
+        if (f.x == -2) { /* rare: they are too many for the list */
+            for (int w = 0; w < s.Kp / 32; w++)
+                if (const uint32_t u = ((const uint32_t *)s.mask)[(size_t)(i / 4) * (s.Kp / 32) + w])
+                    atomicOr(mask + w, u);
+        } else {
+            if (f.x >= 0) atomicOr(mask + f.x / 32, 1u << f.x % 32);
+            if (f.y >= 0) atomicOr(mask + f.y / 32, 1u << f.y % 32);
+            if (f.z >= 0) atomicOr(mask + f.z / 32, 1u << f.z % 32);
+            if (f.w >= 0) atomicOr(mask + f.w / 32, 1u << f.w % 32);
         }
+    }
+}
+
+/* One block: list and count of the outlier columns. clear, with rule 0: their codes become 0. */
+struct Columns8 {
+    Linear8 l;
+    Scratch8 s;
+    int clear;
+};
+__global__ void __launch_bounds__(1024) linear8_columns(const __grid_constant__ Columns8 p) {
+#ifdef BNB__MMA
+    extern __shared__ __align__(1024) uint8_t shared[];
+    uint32_t *const mask = (uint32_t *)shared; /* [n_words] */
+    __shared__ int count;
+    const int tid = threadIdx.x, n_words = p.s.Kp / 32;
+    grid_launch_dependents();
+    for (int i = tid; i < n_words; i += 1024) mask[i] = 0;
+    __syncthreads();
+    grid_wait();
+    merge_few8(p.l, p.s, mask, tid, 1024);
+    __syncthreads();
+    if (tid < 32) {
+        const int n = mask_columns8(mask, n_words, 0, p.s.Kp, p.s.list);
+        if (tid == 0) *p.s.count = count = n;
+    }
+    if (!p.clear || p.l.outlier_rule != 0) return;
+    __syncthreads();
+    for (int j = 0; j < count; j++) {
+        const int k = p.s.list[j]; /* written by this block, before a barrier */
+        for (int m = tid; m < p.l.M; m += 1024) p.s.codes[(size_t)m * p.s.Kp + k] = 0;
+    }
 #endif
 }
 
@@ -3335,7 +3357,8 @@ __device__ inline float activate8(int act, float v) {
     if (act == 4) return v / (1.0f + __expf(-v));
     return v;
 }
-/* Registers have no index at run time, and unrolled the code would be larger than the instruction cache: they go round. */
+/* Registers have no index at run time, and unrolled the code would be too long for the instruction cache: they go
+ * round. */
 template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N]) {
     constexpr int step = 4;
     if (act == 1) {
@@ -3402,8 +3425,8 @@ template <bool F32> __device__ __forceinline__ void near_weights8(uint32_t (&a)[
     }
 }
 
-/* Adds what x [8 rows][16 outlier columns] is worth: x of this lane, row g, columns 4 t..4 t + 3. f32 goes in two parts.
- * unit: scb / 127 of the two rows. */
+/* Adds what x [8 rows][16 outlier columns] is worth: x of this lane, row g, columns 4 t..4 t + 3. f32 goes in two
+ * parts. unit: scb / 127 of the two rows. */
 template <bool F32>
 __device__ __forceinline__ void outliers8(const uint32_t (&a)[8], const float4 &x, const float (&unit)[2], float *v) {
     float more[4] = {};
@@ -3442,31 +3465,29 @@ __device__ __forceinline__ void outliers8(const Linear8 &l, const uint32_t (&w)[
     }
 }
 
-/* Adds the residual and writes, for G groups of 8 rows of x from m - 2 t on, v[4 G], the rows that lie in [from, to).
- * The residuals of all are under way together. */
+/* The residual for G groups of 8 rows of x, m the lane's first, of the rows that lie in [from, to); else 0. */
 template <int G>
-__device__ __forceinline__ void store8(const Linear8 &l, int part, const Lane8 &o, int m, int from, int to, float *v) {
-    if (l.residual) {
-        const float *at = l.residual + m * l.ldr + o.n[0];
-        float e[4 * G];
+__device__ __forceinline__ void residual8(const Linear8 &l, const Lane8 &o, int m, int from, int to,
+                                          float (&e)[4 * G]) {
+    const float *at = l.residual + m * l.ldr + o.n[0];
 #pragma unroll
-        for (int j = 0; j < 2 * G; j++) { /* rows m, m + 1, m + 8, m + 9, .. */
-            const int r = m + j / 2 * 8 + j % 2;
-            const bool in = r >= from && r < to;
-            float *const to_e = e + j / 2 * 4 + j % 2;
-            if (o.vec) {
-                float2 f = {};
-                if (in && o.in[0]) f = *(const float2 *)at;
-                to_e[0] = f.x, to_e[2] = f.y;
-            } else {
-                to_e[0] = in && o.in[0] ? at[0] : 0;
-                to_e[2] = in && o.in[1] ? at[o.n[1] - o.n[0]] : 0;
-            }
-            at += j % 2 ? 7 * l.ldr : l.ldr;
+    for (int j = 0; j < 2 * G; j++, at += j % 2 ? l.ldr : 7 * l.ldr) { /* rows m, m + 1, m + 8, m + 9, .. */
+        const int r = m + j / 2 * 8 + j % 2;
+        const bool in = l.residual && r >= from && r < to;
+        float2 f = {};
+        if (o.vec) {
+            if (in && o.in[0]) f = *(const float2 *)at;
+        } else {
+            if (in && o.in[0]) f.x = at[0];
+            if (in && o.in[1]) f.y = at[o.n[1] - o.n[0]];
         }
-#pragma unroll
-        for (int i = 0; i < 4 * G; i++) v[i] += e[i];
+        e[j / 2 * 4 + j % 2] = f.x, e[j / 2 * 4 + j % 2 + 2] = f.y;
     }
+}
+/* Writes the same rows' y. */
+template <int G>
+__device__ __forceinline__ void store8(const Linear8 &l, int part, const Lane8 &o, int m, int from, int to,
+                                       const float (&v)[4 * G]) {
     const long ldy = l.part[part].ldy;
     long at = m * ldy + o.n[0];
 #pragma unroll
@@ -3770,20 +3791,20 @@ cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
  * A tile of y is 128 rows of W times BX rows of x. One warp keeps a ring of chunks of both full; three warps fetch what
  * follows the product needs (absmax of x, x and W in 16 outlier columns, the residual into the second-level cache); two
  * warpgroups multiply, 64 rows of W each. Where there are too few tiles for the chip, a cluster divides K and every
- * block finishes a part of x's rows. Up to BX = 64 two blocks fit a multiprocessor: the
- * next product's weights arrive while this one ends. */
+ * block finishes a part of x's rows. Up to BX = 32 two blocks fit a multiprocessor: the next product's weights arrive
+ * while this one ends. */
 
 enum {
     gemm8_rows = 128,
     gemm8_threads = 384,
-    gemm8_side = 96,       /* threads */
-    gemm8_mask = 1024,     /* words: outlier columns that blocks find for themselves */
-    gemm8_few_rows = 512   /* ... in the lists of so many rows */
+    gemm8_side = 96,     /* threads */
+    gemm8_mask = 1024,   /* words: outlier columns that blocks find for themselves */
+    gemm8_few_rows = 256 /* ... in the lists of so many rows */
 };
 
 template <int BX> struct Gemm8Shape {
-    static constexpr int blocks = BX <= 64 ? 2 : 1; /* for each multiprocessor */
-    static constexpr bool divides = BX <= 128;       /* K, among the blocks of a cluster */
+    static constexpr int blocks = BX <= 32 ? 2 : 1; /* for each multiprocessor */
+    static constexpr bool divides = BX <= 128;      /* K, among the blocks of a cluster */
     static constexpr int w_bytes = gemm8_rows * linear8_chunk, stage_bytes = w_bytes + BX * linear8_chunk;
     static constexpr int side_bytes =
         BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
@@ -3800,7 +3821,7 @@ struct Gemm8 {
     int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
     int m_tiles, chunks, cluster;
     int mine;   /* of a tile's groups of 8 rows of x each block of a cluster finishes so many */
-    int listed; /* outlier columns: 0 there are none, 1 in s.list, their codes are 0, 2 in s.few */
+    int listed; /* outlier columns: 0 there are none, 1 in s.list, 2 in s.few */
 };
 
 /* True: linear8_gemm takes the outlier columns from the rows' own lists, and linear8_columns is not needed. */
@@ -3814,42 +3835,20 @@ __device__ inline void tensor_load_4d(void *dst, const CUtensorMap *map, int x, 
 }
 __device__ inline void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
-/* One warp: columns `from`.. of the mask, as many as there are up to 16, in ascending order. -> how many the mask has */
-__device__ inline int mask_columns8(const uint32_t *mask, int n_words, int from, int *columns) {
-    const int lane = threadIdx.x % 32;
-    int n = 0;
-    for (int base = 0; base < n_words; base += 32) {
-        uint32_t u = base + lane < n_words ? mask[base + lane] : 0;
-        if (!__any_sync(~0u, u)) continue;
-        int sum = __popc(u);
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, d);
-            if (lane >= d) sum += other;
-        }
-        int at = n + sum - __popc(u) - from;
-        for (; u; u &= u - 1, at++)
-            if (at >= 0 && at < gemm8_near) columns[at] = (base + lane) * 32 + __ffs(u) - 1;
-        n += __shfl_sync(~0u, sum, 31);
-    }
-    __syncwarp();
-    return n;
-}
-
 template <int BX>
-__global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
-    linear8_gemm(const __grid_constant__ Gemm8 p) {
+__global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8_gemm(const __grid_constant__ Gemm8 p) {
 #ifdef BNB__HOPPER
     using S = Gemm8Shape<BX>;
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int groups = BX / 8;
-    float *const near_x = (float *)(shared + S::stages * S::stage_bytes);    /* [BX, near] x in outlier columns */
-    uint8_t *const near_c = (uint8_t *)(near_x + BX * gemm8_near);           /* [BX, near] codes there, negative */
-    uint8_t *const near_w = near_c + BX * gemm8_near;                        /* [128, near] W there */
-    float *const sca = (float *)(near_w + gemm8_rows * gemm8_near);          /* [BX] */
-    uint32_t *const mask = (uint32_t *)(sca + BX);                           /* [mask] bit k: an outlier column */
-    int *const columns = (int *)(mask + gemm8_mask);                         /* [11 warps, near] */
-    uint64_t *const full = (uint64_t *)(columns + 11 * gemm8_near);          /* [stages] */
-    uint64_t *const empty = full + S::stages;                                /* [stages] */
+    float *const near_x = (float *)(shared + S::stages * S::stage_bytes); /* [BX, near] x in outlier columns */
+    uint8_t *const near_c = (uint8_t *)(near_x + BX * gemm8_near);        /* [BX, near] codes there, negative */
+    uint8_t *const near_w = near_c + BX * gemm8_near;                     /* [128, near] W there */
+    float *const sca = (float *)(near_w + gemm8_rows * gemm8_near);       /* [BX] */
+    uint32_t *const mask = (uint32_t *)(sca + BX);                        /* [mask] bit k: an outlier column */
+    int *const columns = (int *)(mask + gemm8_mask);                      /* [11 warps, near] */
+    uint64_t *const full = (uint64_t *)(columns + 11 * gemm8_near);       /* [stages] */
+    uint64_t *const empty = full + S::stages;                             /* [stages] */
     uint64_t *const side_full = empty + S::stages, *const side_empty = side_full + 1;
     int *const side_count = (int *)(side_empty + 1); /* outlier columns */
     const Linear8 &l = p.l;
@@ -3857,13 +3856,13 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
     const int cluster = S::divides ? p.cluster : 1; /* fewer branches */
     const int rank = cluster > 1 ? cluster_rank() : 0;
     const int c0 = rank * p.chunks / cluster, nc = (rank + 1) * p.chunks / cluster - c0; /* part of K */
-    const int j0 = min(rank * p.mine, groups), j1 = min(j0 + p.mine, groups); /* groups that this block finishes */
-    const auto mine = [&](int j) { return !S::divides || (j >= j0 && j < j1); };
+    const int j0 = S::divides ? min(rank * p.mine, groups) : 0; /* groups that this block finishes */
+    const int j1 = S::divides ? min(j0 + p.mine, groups) : groups;
     const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / cluster, tile_step = gridDim.x / cluster;
     const auto part_of = [&](int tile) { return (tile / p.m_tiles >= p.first[1]) + (tile / p.m_tiles >= p.first[2]); };
     const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * gemm8_rows; };
-    /* With lists of rows the codes in other rows' outlier columns still are in the sums: they are taken out. */
-    const bool correct = p.listed == 2 && l.outlier_rule == 0;
+    /* Codes of ordinary numbers in outlier columns are in the sums: they are taken out. */
+    const bool correct = p.listed && l.outlier_rule == 0;
 
     if (tid == 0) {
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
@@ -3918,23 +3917,9 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
             grid_wait();
             int count = p.listed == 1 ? p.s.count[0] : 0, k[4] = {};
             if (p.listed == 2) {
-#pragma unroll 2
-                for (int m = r0; m < l.M; m += gemm8_side / 4) {
-                    const int4 f = *(const int4 *)(p.s.few + m * few8 + 4 * q);
-                    if (f.x == -2) {
-                        for (int i = 0; i < n_words; i++) {
-                            const uint32_t u = ((const uint32_t *)p.s.mask)[(size_t)m * n_words + i];
-                            if (u) atomicOr(mask + i, u);
-                        }
-                    } else {
-                        if (f.x >= 0) atomicOr(mask + f.x / 32, 1u << f.x % 32);
-                        if (f.y >= 0) atomicOr(mask + f.y / 32, 1u << f.y % 32);
-                        if (f.z >= 0) atomicOr(mask + f.z / 32, 1u << f.z % 32);
-                        if (f.w >= 0) atomicOr(mask + f.w / 32, 1u << f.w % 32);
-                    }
-                }
+                merge_few8(l, p.s, mask, i0, gemm8_side);
                 named_barrier(1, gemm8_side);
-                count = mask_columns8(mask, n_words, 0, own);
+                count = mask_columns8(mask, n_words, 0, gemm8_near, own);
             }
             if (i0 == 0) *side_count = count;
             const int left = count - 4 * q;
@@ -3979,9 +3964,28 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::regs));
     const int wg = tid / 128 - 1, warp = tid / 32 - 4, g = lane / 4, t = lane % 4;
     int stage = 0, parity = 0, side_parity = 0;
+    /* Outlier columns beyond those that are near (rare): four of this lane, and its rows' weights there. */
+    const auto far_columns = [&](int first, int count, int(&k)[4]) {
+        int *const found = columns + (3 + warp) * gemm8_near;
+        if (p.listed == 2) __syncwarp(), mask_columns8(mask, p.s.Kp / 32, first, gemm8_near, found);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int at = min(min(4 * t + i, gemm8_near - 1), count - 1 - first);
+            k[i] = p.listed == 2 ? found[at] : p.s.list[first + at];
+        }
+    };
+    const auto far_weights = [&](const Lane8 &own, int part, const int(&k)[4], uint32_t(&w)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            w[i] = four8((const int8_t *)l.part[part].w + (size_t)min(own.n[i], l.part[part].N - 1) * l.K, k);
+    };
+    grid_wait();
     for (int tile = tile0; tile < n_tiles; tile += tile_step, side_parity ^= 1) {
         const int part = part_of(tile), m0 = tile % p.m_tiles * BX, from = m0 + 8 * j0, to = min(m0 + 8 * j1, l.M);
         const Lane8 own = lane8(l, part, column_of(tile, part) + 16 * warp);
+        constexpr int G = BX < 64 ? 2 : 4; /* groups that are finished together */
+        float residual[4 * G];             /* of the next of them: on the way while others are multiplied */
+        residual8<G>(l, own, m0 + 8 * j0 + 2 * t, from, to, residual);
 
         int acc[BX / 2], before = 0;
         for (int c = 0; c < nc; c++) {
@@ -4001,76 +4005,62 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
         if (lane == 0) barrier_arrive(empty + before);
         __syncwarp();
 
+        int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads] */
         if (cluster > 1) {
-            /* A cluster has one tile, its rings are done: each block sends the others the sums of their rows of x.
-             * [rank][mine][4][256 threads] */
-            int *const sums = (int *)shared + tid - 128;
+            /* A cluster has one tile. Where all rings are done, each block sends each group's sums to the one that
+             * finishes it. */
             cluster_sync();
             int owner = 0, slot = 0;
 #pragma unroll
             for (int j = 0; j < groups; j++) {
-                if (owner != rank) {
-                    int *const at = cluster_peer(sums, owner) + (rank * p.mine + slot) * 4 * 256;
-#pragma unroll
-                    for (int i = 0; i < 4; i++) at[i * 256] = acc[4 * j + i];
-                }
+                *cluster_peer(sums + (rank * p.mine + slot) * 256, owner) =
+                    make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
                 if (++slot == p.mine) slot = 0, owner++;
             }
             cluster_sync();
-            for (int r = 0; r < cluster; r++) {
-                if (r == rank) continue;
-                const int *const at = sums + (r * p.mine - j0) * 4 * 256;
-#pragma unroll
-                for (int j = 0; j < groups; j++) {
-                    if (!mine(j)) continue;
-#pragma unroll
-                    for (int i = 0; i < 4; i++) acc[4 * j + i] += at[(4 * j + i) * 256];
-                }
-            }
         }
 
-        grid_wait();
         barrier_wait(side_full, side_parity);
-        constexpr int G = groups < 4 ? groups : 4; /* groups that are finished together */
         const int count = *side_count;
         const float unit[2] = {own.scb[0] * weight8, own.scb[1] * weight8};
         const uint32_t near[2] = {((const uint32_t *)near_w)[(16 * warp + g) * 4 + t],
                                   ((const uint32_t *)near_w)[(16 * warp + g + 8) * 4 + t]};
-        /* Outlier columns beyond those that are near, four of this lane. */
-        const auto far_columns = [&](int from, int (&k)[4]) {
-            int *const found = columns + (3 + warp) * gemm8_near;
-            if (p.listed == 2) __syncwarp(), mask_columns8(mask, p.s.Kp / 32, from, found);
+        /* A loop of few iterations, and only one: unrolled, code would be larger than the instruction cache. */
+#pragma unroll 1
+        for (int j = j0; j < j1; j += G) {
+            int sum[4 * G] = {};
+            if (cluster > 1) {
+                for (int r = 0; r < cluster; r++)
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int at = min(4 * t + i, count - 1 - from);
-                k[i] = p.listed == 2 ? found[min(at, gemm8_near - 1)] : p.s.list[from + at];
+                    for (int i = 0; i < G; i++) {
+                        if (j + i >= j1) continue;
+                        const int4 more = sums[(r * p.mine + j + i - j0) * 256];
+                        sum[4 * i] += more.x, sum[4 * i + 1] += more.y;
+                        sum[4 * i + 2] += more.z, sum[4 * i + 3] += more.w;
+                    }
+            } else { /* registers have no index at run time: they move up */
+#pragma unroll
+                for (int i = 0; i < 4 * G; i++) sum[i] = acc[i];
+#pragma unroll
+                for (int i = 0; i < BX / 2 - 4 * G; i++) acc[i] = acc[i + 4 * G];
             }
-        };
-        const auto far_weights = [&](const int (&k)[4], uint32_t (&w)[2]) {
-#pragma unroll
-            for (int i = 0; i < 2; i++)
-                w[i] = four8((const int8_t *)l.part[part].w + (size_t)min(own.n[i], l.part[part].N - 1) * l.K, k);
-        };
-        /* groups j..j + G - 1, whose sums are sum */
-        const auto finish = [&](int j, int *sum, bool far) {
             const int m = m0 + 8 * j;
-            if (correct && count > 0) {
+            if (correct && count > 0)
 #pragma unroll
                 for (int i = 0; i < G; i++)
                     mma_s8(sum + 4 * i, near[0], near[1], ((const uint32_t *)near_c)[(8 * (j + i) + g) * 4 + t]);
-                if (far)
+            if (correct)
 #pragma unroll 1
-                    for (int at = gemm8_near; at < count; at += gemm8_near) {
-                        int k[4];
-                        uint32_t w[2];
-                        far_columns(at, k), far_weights(k, w);
+                for (int at = gemm8_near; at < count; at += gemm8_near) {
+                    int k[4];
+                    uint32_t w[2];
+                    far_columns(at, count, k), far_weights(own, part, k, w);
 #pragma unroll
-                        for (int i = 0; i < G; i++) {
-                            const int8_t *const codes = p.s.codes + (size_t)min(m + 8 * i + g, l.M - 1) * p.s.Kp;
-                            mma_s8(sum + 4 * i, w[0], w[1], minus8(four8(codes, k), count - at - 4 * t));
-                        }
+                    for (int i = 0; i < G; i++) {
+                        const int8_t *const codes = p.s.codes + (size_t)min(m + 8 * i + g, l.M - 1) * p.s.Kp;
+                        mma_s8(sum + 4 * i, w[0], w[1], minus8(four8(codes, k), count - at - 4 * t));
                     }
-            }
+                }
             float v[4 * G];
 #pragma unroll
             for (int i = 0; i < 4 * G; i++) {
@@ -4083,39 +4073,19 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks)
                 };
                 outliers8<G>(l, near, x, unit, v);
             }
-            if (far)
 #pragma unroll 1
-                for (int at = gemm8_near; at < count; at += gemm8_near) {
-                    int k[4];
-                    uint32_t w[2];
-                    far_columns(at, k), far_weights(k, w);
-                    const auto x = [&](int i) {
-                        return x_four8(l, min(m + 8 * i + g, l.M - 1), k, count - at - 4 * t);
-                    };
-                    outliers8<G>(l, w, x, unit, v);
-                }
+            for (int at = gemm8_near; at < count; at += gemm8_near) {
+                int k[4];
+                uint32_t w[2];
+                far_columns(at, count, k), far_weights(own, part, k, w);
+                const auto x = [&](int i) { return x_four8(l, min(m + 8 * i + g, l.M - 1), k, count - at - 4 * t); };
+                outliers8<G>(l, w, x, unit, v);
+            }
             activate8(l.act, v);
+#pragma unroll
+            for (int i = 0; i < 4 * G; i++) v[i] += residual[i];
+            if (j + G < j1) residual8<G>(l, own, m + 8 * G + 2 * t, from, to, residual);
             store8<G>(l, part, own, m + 2 * t, from, to, v);
-        };
-        if (count <= gemm8_near) {
-#pragma unroll
-            for (int j = 0; j < groups; j += G) {
-                if (S::divides && (j + G <= j0 || j >= j1)) continue;
-                int sum[4 * G];
-#pragma unroll
-                for (int i = 0; i < 4 * G; i++) sum[i] = acc[4 * j + i];
-                finish(j, sum, false);
-            }
-        } else { /* rare; small code: registers have no index at run time, they go round */
-#pragma unroll 1
-            for (int j = 0; j < groups; j += G) {
-                int sum[4 * G];
-#pragma unroll
-                for (int i = 0; i < 4 * G; i++) sum[i] = acc[i];
-#pragma unroll
-                for (int i = 0; i < BX / 2 - 4 * G; i++) acc[i] = acc[i + 4 * G];
-                if (j + G > j0 && j < j1) finish(j, sum, true);
-            }
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(side_empty);
@@ -4145,8 +4115,11 @@ template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Lin
     for (int i = 0; i < 3; i++)
         p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + gemm8_rows - 1) / gemm8_rows : 0);
     const int tiles = p.m_tiles * p.first[3], slots = Gemm8Shape<BX>::blocks * multiprocessors();
-    return launch(linear8_gemm<BX>, p, dim3(cluster > 1 ? tiles * cluster : tiles < slots ? tiles : slots), gemm8_threads,
-                  Gemm8Shape<BX>::shared, cluster, pdl, stream);
+    return launch(linear8_gemm<BX>, p,
+                  dim3(cluster > 1     ? tiles * cluster
+                       : tiles < slots ? tiles
+                                       : slots),
+                  gemm8_threads, Gemm8Shape<BX>::shared, cluster, pdl, stream);
 }
 
 /* ---- many rows, mma.sync --------------------------------------------------------------------------------------------
@@ -4268,9 +4241,7 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
             const uint32_t *const w_at = (const uint32_t *)near_w + (warp_n + 16 * h + g) * 4 + t;
             const uint32_t near[2] = {w_at[0], w_at[8 * 4]};
             const float unit[2] = {own[h].scb[0] * weight8, own[h].scb[1] * weight8};
-            const auto x = [&](int j) {
-                return *(const float4 *)(near_x + (warp_m + 8 * j + g) * gemm8_near + 4 * t);
-            };
+            const auto x = [&](int j) { return *(const float4 *)(near_x + (warp_m + 8 * j + g) * gemm8_near + 4 * t); };
             outliers8<groups>(l, near, x, unit, v[h]);
         }
     }
@@ -4278,8 +4249,14 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
     for (int h = 0; h < 2; h++) {
         activate8(l.act, v[h]);
 #pragma unroll
-        for (int j = 0; j < groups; j += 2)
-            store8<2>(l, part, own[h], m0 + warp_m + 8 * j + 2 * t, 0, l.M, v[h] + 4 * j);
+        for (int j = 0; j < groups; j += 2) {
+            const int m = m0 + warp_m + 8 * j + 2 * t;
+            float e[8];
+            residual8<2>(l, own[h], m, 0, l.M, e);
+#pragma unroll
+            for (int i = 0; i < 8; i++) e[i] += v[h][4 * j + i];
+            store8<2>(l, part, own[h], m, 0, l.M, e);
+        }
     }
 #endif
 }
@@ -4316,25 +4293,24 @@ cudaError_t linear8_init(int device) { /* the current one */
 }
 
 /* What the large products ask for: x in int8 and its outlier columns. */
-cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool pdl) {
+cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool clear, bool pdl) {
     const cudaError_t e = linear8_quantize_launch(stream, l, pdl);
     if (e || !list || !(l.threshold > 0)) return e;
-    const Quantize8 q = {l, scratch8(l)};
-    return launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0, 1,
-                  pdl, stream);
+    const Columns8 p = {l, scratch8(l), clear};
+    return launch(linear8_columns, p, dim3(1), 1024, p.s.Kp / 8, 1, pdl, stream);
 }
 
 cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
-    if (const cudaError_t e = linear8_codes(stream, l, !linear8_few(l), pdl)) return e;
+    if (const cudaError_t e = linear8_codes(stream, l, !linear8_few(l), false, pdl)) return e;
     const int slots = multiprocessors(), chunks = scratch8(l).Kp / linear8_chunk;
     const int bx = l.M <= 16 ? 16 : l.M <= 32 ? 32 : l.M <= 64 ? 64 : 128, tiles = tiles8(l, bx, gemm8_rows);
-    int cluster = slots / tiles;
-    cluster = std::min(std::min(8, chunks / 2), cluster);
-    if (cluster < 1) cluster = 1;
+    /* As many blocks as there are multiprocessors; what blocks of 128 rows of x send each other costs more than it
+     * saves from 4 on. */
+    const int cluster = std::max(1, std::min({slots / tiles, chunks / 2, bx == 128 ? 2 : 8}));
     if (bx == 16) return linear8_gemm_launch<16>(stream, l, cluster, pdl);
     if (bx == 32) return linear8_gemm_launch<32>(stream, l, cluster, pdl);
     if (bx == 64) return linear8_gemm_launch<64>(stream, l, cluster, pdl);
-    /* A wide tile costs about 1.8 narrow ones, of which a multiprocessor has two at a time. */
+    /* A wide tile costs about 1.8 narrow ones. */
     const int wide_waves = (tiles8(l, 256, gemm8_rows) + slots - 1) / slots, waves = (tiles + slots - 1) / slots;
     if (cluster > 1 || waves * 10 < wide_waves * 18) return linear8_gemm_launch<128>(stream, l, cluster, pdl);
     return linear8_gemm_launch<256>(stream, l, 1, pdl);
@@ -4374,7 +4350,7 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
         return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p,
                       dim3(std::min(p.first[3], blocks * slots)), skinny8_threads, p.shared, 1, pdl, stream);
     }
-    if (const cudaError_t e = linear8_codes(stream, l, true, pdl)) return e;
+    if (const cudaError_t e = linear8_codes(stream, l, true, true, pdl)) return e;
     /* The largest tiles of which there are enough. */
     if (l.M > 64 && tiles8(l, 128, 128) >= slots) return linear8_gemm_mma_launch<128, 128>(stream, l, pdl);
     if (tiles8(l, 64, 128) >= slots) return linear8_gemm_mma_launch<64, 128>(stream, l, pdl);
