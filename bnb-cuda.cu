@@ -3015,23 +3015,32 @@ __device__ inline void tensor_load(void *dst, const CUtensorMap *map, int x, int
         : "memory");
 }
 
-/* A row-major matrix [rows, cols], rows pitch bytes apart, read in boxes that land with the 128-byte swizzle: 16-byte
- * unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside the matrix: zeros. */
-cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
-                       int box_rows) {
+/* A tensor of D dimensions, size[0] the innermost, the others pitch[] bytes apart, read in boxes of 128 bytes by box[1]
+ * by ..., that land with the 128-byte swizzle: 16-byte unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside
+ * the tensor: zeros. */
+template <int D>
+cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, const int64_t (&size)[D],
+                       const int64_t (&pitch)[D - 1], const int (&box)[D]) {
     void *entry = nullptr;
     cudaDriverEntryPointQueryResult found;
     const cudaError_t e =
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
     if (e != cudaSuccess) return e;
     if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    const cuuint64_t size[2] = {(cuuint64_t)cols, (cuuint64_t)rows}, stride[1] = {(cuuint64_t)pitch};
-    const cuuint32_t box[2] = {(cuuint32_t)(128 / element_bytes), (cuuint32_t)box_rows}, step[2] = {1, 1};
+    cuuint64_t sizes[D], pitches[D - 1];
+    cuuint32_t boxes[D], steps[D];
+    for (int i = 0; i < D; i++) sizes[i] = (cuuint64_t)size[i], boxes[i] = (cuuint32_t)box[i], steps[i] = 1;
+    for (int i = 0; i < D - 1; i++) pitches[i] = (cuuint64_t)pitch[i];
     const CUresult r = ((decltype(&cuTensorMapEncodeTiled))entry)(
-        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)base,
-        size, stride, box, step, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, D, (void *)base,
+        sizes, pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+/* A row-major matrix [rows, cols], rows pitch bytes apart. */
+cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
+                       int box_rows) {
+    return tensor_map<2>(map, element_bytes, base, {cols, rows}, {pitch}, {128 / element_bytes, box_rows});
 }
 
 /* 8 numbers as f16 at each of N offsets from f32 or f16 numbers. One branch for all N: the loads are in flight
@@ -3071,6 +3080,12 @@ __device__ inline void mma_s8(int (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2
                  "{%0, %1, %2, %3};"
                  : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+/* d [16, 8] += a [16, 16] s8 * b [8, 16]^T s8, one warp. */
+__device__ inline void mma_s8(int *d, uint32_t a0, uint32_t a1, uint32_t b0) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+                 : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+                 : "r"(a0), "r"(a1), "r"(b0));
 }
 /* d [16, 8] += a [16, 8] tf32 * b [8, 8]^T tf32, one warp. */
 __device__ inline void mma_tf32(float (&d)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
@@ -3125,6 +3140,8 @@ template <int N> __device__ inline void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
 }
 
+#define BNB__REGS_8  "{%0, %1, %2, %3, %4, %5, %6, %7}"
+#define BNB__REGS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define BNB__REGS_32                                                                                                   \
     "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
     "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
@@ -3148,6 +3165,7 @@ template <int N> __device__ inline void wgmma_wait() {
     "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "           \
     "%123, %124, %125, %126, %127}"
 #define BNB__OUT_4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define BNB__OUT_8(c, d, i) BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4)
 #define BNB__OUT_16(c, d, i)                                                                                           \
     BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4), BNB__OUT_4(c, d, i + 8), BNB__OUT_4(c, d, i + 12)
 #define BNB__OUT_32(c, d, i)  BNB__OUT_16(c, d, i), BNB__OUT_16(c, d, i + 16)
@@ -3164,6 +3182,9 @@ template <int N> __device__ inline void wgmma_wait() {
                      : BNB__OUT_##R("+r", d, 0)                                                                        \
                      : "l"(a), "l"(b), "r"(more));                                                                     \
     }
+BNB__WGMMA_S8(16, 8, 8, 9, 10)
+BNB__WGMMA_S8(32, 16, 16, 17, 18)
+BNB__WGMMA_S8(64, 32, 32, 33, 34)
 BNB__WGMMA_S8(128, 64, 64, 65, 66)
 BNB__WGMMA_S8(256, 128, 128, 129, 130)
 
@@ -3196,11 +3217,12 @@ BNB__WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133)
 
 /* LLM.int8(): y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
  *
- *   M <= 16   linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
+ *   M <= 8    linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
  *             16 rows. One row of x is quantized by each block itself; more rows by linear8_quantize before.
- *             linear8_skinny_mma: the same, with rings filled by cp.async in place of Hopper's copy engine.
- *   M > 16    linear8_quantize, linear8_columns (only with a threshold), then on Hopper linear8_gemm: wgmma m64nNk32,
- *             elsewhere linear8_gemm_mma: mma m16n8k32.
+ *             linear8_skinny_mma: the same, to M = 16, with rings filled by cp.async in place of Hopper's copy engine.
+ *   larger    linear8_quantize, then on Hopper linear8_gemm: wgmma m64nNk32, elsewhere linear8_gemm_mma: mma m16n8k32.
+ *             In both the weights are the product's first operand: N rounds M up, and W is read once for many rows.
+ *             With a threshold linear8_columns goes between, but for few rows on Hopper (linear8_few).
  *
  * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
  * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
@@ -3229,18 +3251,18 @@ struct Linear8 {
     void *scratch;    /* linear8_scratch() bytes, 256-byte aligned; no state between launches */
 };
 
-enum { linear8_chunk = 128 }; /* columns in one tile: the swizzle's width */
+enum { linear8_chunk = 128, few8 = 16 }; /* columns in one tile: the swizzle's width; places for a row's outliers */
 
-bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0; }
+bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0 && K <= 1 << 18; } /* see linear8_columns */
 
 /* What lies in scratch; Kp: K rounded up to whole chunks. */
 struct Scratch8 {
     int8_t *codes; /* [M, Kp] x in int8: 0 for outliers and beyond K */
     float *sca;    /* [M]     largest magnitude of a row's ordinary elements */
-    uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier */
-    uint32_t *any; /* [Kp / 32]   bit k: some row has an outlier there */
-    int *list;     /* [Kp]    the columns of `any`, ascending */
-    int *count;    /* [2]     how many; blocks of linear8_columns that are done */
+    uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier; only for M <= 16 and where `few` has no room */
+    int *few;      /* [M, 16] a row's outlier columns in any order, then -1; -2 in front: more than 16, see mask */
+    int *list;     /* [Kp]    columns with an outlier in some row, ascending */
+    int *count;    /* [1]     how many */
     int Kp;
     size_t bytes;
 };
@@ -3256,9 +3278,9 @@ Scratch8 scratch8(const Linear8 &l) {
     s.codes = (int8_t *)take(M * Kp);
     s.sca = (float *)take(M * 4);
     s.mask = (uint8_t *)take(M * Kp / 8);
-    s.any = (uint32_t *)take(Kp / 8);
+    s.few = (int *)take(M * few8 * 4);
     s.list = (int *)take(Kp * 4);
-    s.count = (int *)take(8);
+    s.count = (int *)take(4);
     s.bytes = (size_t)(p - start);
     return s;
 }
@@ -3298,6 +3320,21 @@ template <int N> __device__ inline void x_load8(const Linear8 &l, int m, const i
  * threshold exactly if it is >= the threshold rounded up to f16. */
 __device__ inline __half2 limit8(float threshold) {
     return __half2half2(threshold > 0 ? __float2half_ru(threshold) : __ushort_as_half(0x7c00));
+}
+
+/* Four codes of a row, in columns k, of which the first `left` count (else 0): as they are, negative; x there. */
+__device__ inline uint32_t four8(const int8_t *row, const int (&k)[4]) {
+    const uint32_t a = (uint8_t)row[k[0]], b = (uint8_t)row[k[1]], c = (uint8_t)row[k[2]], d = (uint8_t)row[k[3]];
+    return a | b << 8 | c << 16 | d << 24;
+}
+__device__ inline uint32_t minus8(uint32_t codes, int left) {
+    return left <= 0 ? 0 : __vneg4(codes) & (left < 4 ? (1u << 8 * left) - 1 : ~0u);
+}
+__device__ inline float4 x_four8(const Linear8 &l, int m, const int (&k)[4], int left) {
+    const int rows[4] = {m, m, m, m};
+    float v[4];
+    x_outliers8(l, rows, k, v);
+    return make_float4(left > 0 ? v[0] : 0, left > 1 ? v[1] : 0, left > 2 ? v[2] : 0, left > 3 ? v[3] : 0);
 }
 
 /* Takes the other numbers out of x. *top: the largest magnitude of those that stay. -> mask of outliers */
@@ -3346,11 +3383,11 @@ __device__ inline uint64_t quantize8(const uint4 &x, float scale) {
     return (uint64_t)high << 32 | low;
 }
 
-__device__ inline float block_max8(float v, float *maxima) { /* of 256 threads; maxima [8] in shared memory */
+__device__ inline float block_max8(float v, float *maxima) { /* maxima [warps] in shared memory */
     for (int i = 16; i; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = v;
     __syncthreads();
-    for (int i = 0; i < 8; i++) v = fmaxf(v, maxima[i]);
+    for (int i = 0; i < (int)blockDim.x / 32; i++) v = fmaxf(v, maxima[i]);
     return v;
 }
 
@@ -3359,12 +3396,14 @@ struct Quantize8 {
     Scratch8 s;
 };
 
-__global__ void __launch_bounds__(256)
-    linear8_quantize(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__MMA /* a block for each row */
-    constexpr int ahead = 4, step = 256 * 8;
-    __shared__ float maxima[8];
-    const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp;
+/* A block for each row; 16 numbers for a thread keep a row's way short, as the product waits for it. */
+enum { quantize8_ahead = 2, quantize8_most = 1024 };
+__global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_constant__ Quantize8 p) {
+#ifdef BNB__MMA
+    constexpr int ahead = quantize8_ahead;
+    __shared__ float maxima[quantize8_most / 32];
+    __shared__ int few[few8], n_outliers;
+    const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp, step = blockDim.x * 8;
     const __half2 limit = limit8(p.l.threshold);
     uint4 x[ahead];
     uint32_t outliers[ahead];
@@ -3383,6 +3422,8 @@ __global__ void __launch_bounds__(256)
         }
     };
     grid_launch_dependents();
+    if (tid < few8) few[tid] = -1;
+    if (tid == 0) n_outliers = 0;
     grid_wait();
     for (int k = tid * 8; k < K; k += ahead * step) load(k);
     absmax = block_max8(absmax, maxima);
@@ -3394,62 +3435,101 @@ __global__ void __launch_bounds__(256)
             const int at = k + i * step;
             if (at >= Kp) continue;
             *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
-            p.s.mask[(size_t)m * (Kp / 8) + at / 8] = (uint8_t)(at < K ? outliers[i] : 0);
+            if (at < K)
+                for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare */
+                    const int place = atomicAdd(&n_outliers, 1);
+                    if (place < few8) few[place] = at + __ffs(u) - 1;
+                }
         }
     }
     if (tid == 0) p.s.sca[m] = absmax;
-    if (m > 0) return;
-    for (int i = tid; i < Kp / 32; i += 256) p.s.any[i] = 0; /* for linear8_columns */
-    if (tid == 0) p.s.count[1] = 0;
+    __syncthreads();
+    if (tid < few8) p.s.few[m * few8 + tid] = n_outliers > few8 && tid == 0 ? -2 : few[tid];
+    if (n_outliers <= few8 && p.l.M > 16) return; /* nothing reads the mask */
+    for (int k = tid * 8; k < Kp; k += ahead * step) {
+        if (K > ahead * step) load(k);
+#pragma unroll
+        for (int i = 0; i < ahead; i++)
+            if (const int at = k + i * step; at < Kp)
+                p.s.mask[(size_t)m * (Kp / 8) + at / 8] = (uint8_t)(at < K ? outliers[i] : 0);
+    }
 #endif
 }
 
-/* Columns with outliers: a warp for 32 of them and 256 rows. The block that is done last makes list and count, and with
- * rule 0 the columns' codes 0. */
-enum { columns8_rows = 256 };
-__global__ void __launch_bounds__(256) linear8_columns(const __grid_constant__ Quantize8 p) {
-#ifdef BNB__MMA
-    __shared__ int before[8], last;
-    const int tid = threadIdx.x, lane = tid % 32, w = blockIdx.x * 8 + tid / 32, n_words = p.s.Kp / 32, M = p.l.M;
-    grid_launch_dependents();
-    grid_wait();
-    if (w < n_words) {
-        uint32_t any = 0;
-#pragma unroll
-        for (int i = 0; i < columns8_rows / 32; i++) {
-            const int m = blockIdx.y * columns8_rows + 32 * i + lane;
-            any |= ((const uint32_t *)p.s.mask)[(size_t)min(m, M - 1) * n_words + w];
-        }
-        any = __reduce_or_sync(~0u, any);
-        if (lane == 0 && any) atomicOr(p.s.any + w, any);
-    }
-    __threadfence();
-    __syncthreads();
-    if (tid == 0) last = atomicAdd(p.s.count + 1, 1) == (int)(gridDim.x * gridDim.y) - 1;
-    __syncthreads();
-    if (!last) return;
-    __threadfence();
-    int n = 0; /* columns before the current stretch of 256 words */
-    for (int base = 0; base < n_words; base += 256) {
-        uint32_t u = base + tid < n_words ? __ldcg(p.s.any + base + tid) : 0;
+cudaError_t linear8_quantize_launch(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    const int threads = (l.K / (8 * quantize8_ahead) + 31) / 32 * 32;
+    return launch(linear8_quantize, Quantize8{l, scratch8(l)}, dim3(l.M),
+                  std::max(64, std::min(threads, (int)quantize8_most)), 0, 1, pdl, stream);
+}
+
+/* One warp: columns `from`.. of the mask, at most `most` of them, in ascending order. -> how many the mask has */
+__device__ inline int mask_columns8(const uint32_t *mask, int n_words, int from, int most, int *columns) {
+    const int lane = threadIdx.x % 32;
+    int n = 0;
+    for (int base = 0; base < n_words; base += 32) {
+        uint32_t u = base + lane < n_words ? mask[base + lane] : 0;
+        if (!__any_sync(~0u, u)) continue;
         int sum = __popc(u);
         for (int d = 1; d < 32; d *= 2) {
             const int other = __shfl_up_sync(~0u, sum, d);
             if (lane >= d) sum += other;
         }
-        if (lane == 31) before[tid / 32] = sum;
-        __syncthreads();
-        int at = n + sum - __popc(u);
-        for (int j = 0; j < 8; j++) n += before[j], at += j < tid / 32 ? before[j] : 0;
-        for (; u; u &= u - 1) p.s.list[at++] = (base + tid) * 32 + __ffs(u) - 1;
-        __syncthreads();
+        int at = n + sum - __popc(u) - from;
+        for (; u; u &= u - 1, at++)
+            if (at >= 0 && at < most) columns[at] = (base + lane) * 32 + __ffs(u) - 1;
+        n += __shfl_sync(~0u, sum, 31);
     }
-    if (tid == 0) p.s.count[0] = n;
-    if (p.l.outlier_rule == 0)
-        for (int j = 0; j < n; j++) {
-            const int k = p.s.list[j]; /* written by this block, before a barrier */
-            for (int m = tid; m < M; m += 256) p.s.codes[(size_t)m * p.s.Kp + k] = 0;
+    __syncwarp();
+    return n;
+}
+
+/* mask [Kp / 32] in shared memory, zeros before, gets the outlier columns of all rows. For `threads`, this one is
+ * thread i of them. */
+__device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, uint32_t *mask, int i, int threads) {
+#pragma unroll 4
+    for (; i < l.M * 4; i += threads) {
+        const int4 f = __ldcg((const int4 *)s.few + i);
+        if (f.x == -2) { /* rare: they are too many for the list */
+            for (int w = 0; w < s.Kp / 32; w++)
+                if (const uint32_t u = ((const uint32_t *)s.mask)[(size_t)(i / 4) * (s.Kp / 32) + w])
+                    atomicOr(mask + w, u);
+        } else {
+            if (f.x >= 0) atomicOr(mask + f.x / 32, 1u << f.x % 32);
+            if (f.y >= 0) atomicOr(mask + f.y / 32, 1u << f.y % 32);
+            if (f.z >= 0) atomicOr(mask + f.z / 32, 1u << f.z % 32);
+            if (f.w >= 0) atomicOr(mask + f.w / 32, 1u << f.w % 32);
         }
+    }
+}
+
+/* One block: list and count of the outlier columns. clear, with rule 0: their codes become 0. */
+struct Columns8 {
+    Linear8 l;
+    Scratch8 s;
+    int clear;
+};
+__global__ void __launch_bounds__(1024) linear8_columns(const __grid_constant__ Columns8 p) {
+#ifdef BNB__MMA
+    extern __shared__ __align__(1024) uint8_t shared[];
+    uint32_t *const mask = (uint32_t *)shared; /* [n_words] */
+    __shared__ int count;
+    const int tid = threadIdx.x, n_words = p.s.Kp / 32;
+    grid_launch_dependents();
+    for (int i = tid; i < n_words; i += 1024) mask[i] = 0;
+    __syncthreads();
+    grid_wait();
+    merge_few8(p.l, p.s, mask, tid, 1024);
+    __syncthreads();
+    if (tid < 32) {
+        const int n = mask_columns8(mask, n_words, 0, p.s.Kp, p.s.list);
+        if (tid == 0) *p.s.count = count = n;
+    }
+    if (!p.clear || p.l.outlier_rule != 0) return;
+    __syncthreads();
+    for (int j = 0; j < count; j++) {
+        const int k = p.s.list[j]; /* written by this block, before a barrier */
+        for (int m = tid; m < p.l.M; m += 1024) p.s.codes[(size_t)m * p.s.Kp + k] = 0;
+    }
 #endif
 }
 
@@ -3462,105 +3542,167 @@ __device__ inline float scaled8(int sum, float sca, float scb, float bias) {
     return fmaf(__fmul_rn(__fmul_rn((float)sum, sca), scb), dequant8, bias);
 }
 
-template <int N> __device__ inline void activate8(int act, float (&v)[N]) { /* one branch for all */
+__device__ inline float activate8(int act, float v) {
+    if (act == 1) return fmaxf(v, 0.0f);
+    if (act == 2) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
+    if (act == 3) return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
+    if (act == 4) return v / (1.0f + __expf(-v));
+    return v;
+}
+/* Registers have no index at run time, and unrolled the code would be too long for the instruction cache: they go
+ * round. */
+template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N]) {
+    constexpr int step = 4;
     if (act == 1) {
 #pragma unroll
         for (int i = 0; i < N; i++) v[i] = fmaxf(v[i], 0.0f);
-    } else if (act == 2) {
+    } else if (act) {
+#pragma unroll 1
+        for (int r = 0; r < N / step; r++) {
+            float u[step];
 #pragma unroll
-        for (int i = 0; i < N; i++) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
-    } else if (act == 3) {
+            for (int i = 0; i < step; i++) u[i] = activate8(act, v[i]);
 #pragma unroll
-        for (int i = 0; i < N; i++)
-            v[i] = 0.5f * v[i] * (1.0f + tanhf(0.79788456f * (v[i] + 0.044715f * v[i] * v[i] * v[i])));
-    } else if (act == 4) {
+            for (int i = 0; i < N - step; i++) v[i] = v[i + step];
 #pragma unroll
-        for (int i = 0; i < N; i++) v[i] = v[i] / (1.0f + __expf(-v[i]));
-    }
-}
-
-/* A warp's 16 rows and 32 columns of y as products leave them: v[4 j + i] is in row g + i / 2 * 8, column
- * 8 j + 2 t + i % 2, with g = lane / 4, t = lane % 4. */
-
-enum { gemm8_near = 16, gemm8_staging = 16 * 40 }; /* outlier columns taken at once; floats for one warp */
-
-/* Adds what x in 16 outlier columns is worth, in tf32, in two parts where f32 needs them; int8 weights are exact. Lane
- * t has columns 4 t..4 t + 3 on both sides, in place of the instruction's own order: x [column][row g, g + 8]; w[j]:
- * four weights of row 8 j + g. */
-__device__ __forceinline__ void outliers8(const Linear8 &l, const float (&x)[8], const uint32_t (&w)[4],
-                                          const float *scb, float (&v)[16]) {
-    uint32_t high[8], low[8];
-#pragma unroll
-    for (int i = 0; i < 8; i++) {
-        high[i] = __float_as_uint(x[i]) & 0xffffe000;
-        low[i] = __float_as_uint(x[i] - __uint_as_float(high[i]));
-    }
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        uint32_t b[4];
-        float more[4] = {};
-#pragma unroll
-        for (int i = 0; i < 4; i++) b[i] = __float_as_uint((float)(int8_t)(w[j] >> (8 * i)));
-        mma_tf32(more, high[0], high[1], high[2], high[3], b[0], b[1]);
-        mma_tf32(more, high[4], high[5], high[6], high[7], b[2], b[3]);
-        if (l.x_f32) {
-            mma_tf32(more, low[0], low[1], low[2], low[3], b[0], b[1]);
-            mma_tf32(more, low[4], low[5], low[6], low[7], b[2], b[3]);
+            for (int i = 0; i < step; i++) v[N - step + i] = u[i];
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++)
-            v[4 * j + i] = fmaf(more[i], scb[8 * j + threadIdx.x % 4 * 2 + i % 2] * weight8, v[4 * j + i]);
     }
 }
 
-/* y[m0.., n0..] = v + residual. Through shared memory (staging: the warp's), so that lanes hold 4 neighbours and warps
- * write whole lines. */
-__device__ __forceinline__ void store8(const Linear8 &l, int part, int m0, int n0, float *staging,
-                                       const float (&v)[16]) {
-    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, N = l.part[part].N;
-    const long ldy = l.part[part].ldy;
-    void *const y = l.part[part].y;
-    const bool y_vec = ((uintptr_t)y & (l.y_f32 ? 15 : 7)) == 0 && ldy % 4 == 0;
-    const bool r_vec = ((uintptr_t)l.residual & 15) == 0 && l.ldr % 4 == 0;
+/* A warp has 16 rows of W and, 8 at a time, rows of x; v[i] of a lane is y of W's row n[i / 2] and x's row 2 t + i % 2,
+ * with g = lane / 4, t = lane % 4. Rows g and g + 8 of the product are neighbours in W where N allows it: then the 8
+ * lanes of one row of x read and write 16 neighbours, two each. */
+
+enum { gemm8_near = 16 }; /* outlier columns taken at once */
+
+__host__ __device__ inline bool paired8(int N) { return N % 16 == 0; }
+__device__ inline int row_of8(int r, bool paired) { return paired ? (r & ~15) + (r & 7) * 2 + (r >> 3 & 1) : r; }
+
+struct Lane8 {
+    int n[2];
+    bool in[2], vec; /* n < N; y and residual are read and written in pairs */
+    float scb[2], bias[2];
+};
+
+__device__ __forceinline__ Lane8 lane8(const Linear8 &l, int part, int n0) { /* n0: of the warp's 16 rows */
+    Lane8 o;
+    const int g = threadIdx.x % 32 / 4, N = l.part[part].N;
+    const bool paired = paired8(N);
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        *(float2 *)(staging + (g + i % 2 * 8) * 40 + 8 * (i / 2) + 2 * t) = make_float2(v[2 * i], v[2 * i + 1]);
-    __syncwarp();
-#pragma unroll 2
+    for (int i = 0; i < 2; i++) {
+        o.n[i] = n0 + row_of8(g + 8 * i, paired), o.in[i] = o.n[i] < N;
+        o.scb[i] = o.in[i] ? l.part[part].scb[o.n[i]] : 0;
+        o.bias[i] = o.in[i] && l.part[part].bias ? l.part[part].bias[o.n[i]] : 0;
+    }
+    o.vec = paired && ((uintptr_t)l.part[part].y & (l.y_f32 ? 7 : 3)) == 0 && l.part[part].ldy % 2 == 0 &&
+            ((uintptr_t)l.residual & 7) == 0 && (!l.residual || l.ldr % 2 == 0);
+    return o;
+}
+
+/* What four weights of rows g and g + 8 in the outlier columns 4 t..4 t + 3 are as operands: f16 a[0..3], or, where x
+ * is f32, tf32 a[0..7]. Both represent them exactly. Lane t has these columns on both sides, in place of the
+ * instruction's own order. */
+template <bool F32> __device__ __forceinline__ void near_weights8(uint32_t (&a)[8], uint32_t low, uint32_t high) {
+#pragma unroll
     for (int i = 0; i < 4; i++) {
-        const int r = 4 * i + lane / 8, c = lane % 8 * 4, m = m0 + r, n = n0 + c;
-        if (m >= l.M || n >= N) continue;
-        float4 f = *(const float4 *)(staging + r * 40 + c), e = {};
-        float *u = (float *)&f, *add = (float *)&e;
-        const float *from = l.residual + m * l.ldr + n;
-        if (l.residual && r_vec && n + 4 <= N) {
-            e = *(const float4 *)from;
-        } else if (l.residual) {
-#pragma unroll
-            for (int q = 0; q < 4; q++)
-                if (n + q < N) add[q] = from[q];
-        }
-#pragma unroll
-        for (int q = 0; q < 4; q++) u[q] += add[q];
-        float *to = (float *)y + m * ldy + n;
-        __half *to_half = (__half *)y + m * ldy + n;
-        if (y_vec && n + 4 <= N) {
-            const __half2 h[2] = {__floats2half2_rn(f.x, f.y), __floats2half2_rn(f.z, f.w)};
-            if (l.y_f32) *(float4 *)to = f;
-            else *(uint2 *)to_half = *(const uint2 *)h;
+        const uint32_t w = i % 2 ? high : low;
+        const float c = (float)(int8_t)(w >> (16 * (i / 2))), d = (float)(int8_t)(w >> (16 * (i / 2) + 8));
+        if constexpr (F32) {
+            a[4 * (i / 2) + i % 2] = __float_as_uint(c), a[4 * (i / 2) + 2 + i % 2] = __float_as_uint(d);
         } else {
-#pragma unroll
-            for (int q = 0; q < 4; q++) {
-                if (n + q >= N) continue;
-                if (l.y_f32) to[q] = u[q];
-                else to_half[q] = __float2half_rn(u[q]);
-            }
+            const __half2 h = __floats2half2_rn(c, d);
+            a[i] = *(const uint32_t *)&h;
         }
     }
-    __syncwarp();
 }
 
-/* ---- M <= 16 --------------------------------------------------------------------------------------------------------
+/* Adds what x [8 rows][16 outlier columns] is worth: x of this lane, row g, columns 4 t..4 t + 3. f32 goes in two
+ * parts. unit: scb / 127 of the two rows. */
+template <bool F32>
+__device__ __forceinline__ void outliers8(const uint32_t (&a)[8], const float4 &x, const float (&unit)[2], float *v) {
+    float more[4] = {};
+    if constexpr (F32) {
+        const float full[4] = {x.x, x.y, x.z, x.w};
+        uint32_t high[4], low[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            high[i] = __float_as_uint(full[i]) & 0xffffe000;
+            low[i] = __float_as_uint(full[i] - __uint_as_float(high[i]));
+        }
+        mma_tf32(more, a[0], a[1], a[2], a[3], high[0], high[1]);
+        mma_tf32(more, a[4], a[5], a[6], a[7], high[2], high[3]);
+        mma_tf32(more, a[0], a[1], a[2], a[3], low[0], low[1]);
+        mma_tf32(more, a[4], a[5], a[6], a[7], low[2], low[3]);
+    } else {
+        const __half2 b[2] = {__floats2half2_rn(x.x, x.y), __floats2half2_rn(x.z, x.w)};
+        mma_f16(more, a, *(const uint32_t *)b, *(const uint32_t *)(b + 1));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) v[i] = fmaf(more[i], unit[i / 2], v[i]);
+}
+/* The same for G times 8 rows of x: x(i) is of the i-th eight. */
+template <int G, class X>
+__device__ __forceinline__ void outliers8(const Linear8 &l, const uint32_t (&w)[2], const X &x, const float (&unit)[2],
+                                          float *v) {
+    uint32_t a[8];
+    if (l.x_f32) {
+        near_weights8<true>(a, w[0], w[1]);
+#pragma unroll
+        for (int i = 0; i < G; i++) outliers8<true>(a, x(i), unit, v + 4 * i);
+    } else {
+        near_weights8<false>(a, w[0], w[1]);
+#pragma unroll
+        for (int i = 0; i < G; i++) outliers8<false>(a, x(i), unit, v + 4 * i);
+    }
+}
+
+/* The residual for G groups of 8 rows of x, m the lane's first, of the rows that lie in [from, to); else 0. */
+template <int G>
+__device__ __forceinline__ void residual8(const Linear8 &l, const Lane8 &o, int m, int from, int to,
+                                          float (&e)[4 * G]) {
+    const float *at = l.residual + m * l.ldr + o.n[0];
+#pragma unroll
+    for (int j = 0; j < 2 * G; j++, at += j % 2 ? l.ldr : 7 * l.ldr) { /* rows m, m + 1, m + 8, m + 9, .. */
+        const int r = m + j / 2 * 8 + j % 2;
+        const bool in = l.residual && r >= from && r < to;
+        float2 f = {};
+        if (o.vec) {
+            if (in && o.in[0]) f = *(const float2 *)at;
+        } else {
+            if (in && o.in[0]) f.x = at[0];
+            if (in && o.in[1]) f.y = at[o.n[1] - o.n[0]];
+        }
+        e[j / 2 * 4 + j % 2] = f.x, e[j / 2 * 4 + j % 2 + 2] = f.y;
+    }
+}
+/* Writes the same rows' y. */
+template <int G>
+__device__ __forceinline__ void store8(const Linear8 &l, int part, const Lane8 &o, int m, int from, int to,
+                                       const float (&v)[4 * G]) {
+    const long ldy = l.part[part].ldy;
+    long at = m * ldy + o.n[0];
+#pragma unroll
+    for (int j = 0; j < 2 * G; j++, at += j % 2 ? ldy : 7 * ldy) {
+        const int r = m + j / 2 * 8 + j % 2;
+        if (r < from || r >= to) continue;
+        float *const wide = (float *)l.part[part].y + at;
+        __half *const narrow = (__half *)l.part[part].y + at;
+        const float a = v[j / 2 * 4 + j % 2], b = v[j / 2 * 4 + j % 2 + 2];
+        if (o.vec) {
+            if (!o.in[0]) continue;
+            if (l.y_f32) *(float2 *)wide = make_float2(a, b);
+            else *(__half2 *)narrow = __floats2half2_rn(a, b);
+        } else {
+            if (o.in[0] && l.y_f32) wide[0] = a;
+            else if (o.in[0]) narrow[0] = __float2half_rn(a);
+            if (o.in[1] && l.y_f32) wide[o.n[1] - o.n[0]] = b;
+            else if (o.in[1]) narrow[o.n[1] - o.n[0]] = __float2half_rn(b);
+        }
+    }
+}
+
+/* ---- few rows ------------------------------------------------------------------------------------------------------
  * A panel is 16 rows of W. The warps of a block take the panel's chunks in turn, each through a ring of its own, and
  * add their sums in shared memory. */
 
@@ -3777,19 +3919,16 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
 #pragma unroll
             for (int i = 0; i < skinny8_warps; i++) more += out[(i * M + m_out) * 16 + e_out % 16];
         }
-        float v[1] = {scaled8(total, absmax[m_out], scb, bias) + more * (scb * weight8)};
-        activate8(l.act, v);
-        v[0] += residual;
+        const float v = activate8(l.act, scaled8(total, absmax[m_out], scb, bias) + more * (scb * weight8)) + residual;
         const long at = m_out * l.part[part].ldy + n_out;
-        if (l.y_f32) ((float *)l.part[part].y)[at] = v[0];
-        else ((__half *)l.part[part].y)[at] = __float2half_rn(v[0]);
+        if (l.y_f32) ((float *)l.part[part].y)[at] = v;
+        else ((__half *)l.part[part].y)[at] = __float2half_rn(v);
     }
 }
 
-template <int NT>
 __global__ void __launch_bounds__(skinny8_threads, 2) linear8_skinny(const __grid_constant__ Skinny8 p) {
 #ifdef BNB__HOPPER
-    skinny8<NT, true>(p);
+    skinny8<1, true>(p);
 #endif
 }
 template <int NT>
@@ -3837,70 +3976,102 @@ cudaError_t linear8_skinny_launch(cudaStream_t stream, Skinny8 *p, bool pdl) {
         if (e) return e;
     }
     const int slots = 2 * multiprocessors(), n = p->first[3] < slots ? p->first[3] : slots;
-    return launch(l.M > 8 ? linear8_skinny<2> : linear8_skinny<1>, *p, dim3(n), skinny8_threads, p->shared, 1, pdl,
-                  stream);
+    return launch(linear8_skinny, *p, dim3(n), skinny8_threads, p->shared, 1, pdl, stream);
 }
 
-/* ---- M > 16, Hopper -------------------------------------------------------------------------------------------------
- * A tile of y is WG * 64 x BN. One warp keeps a ring of chunks of x and W full; three warps fetch what the tile's
- * columns need (SCB, bias, the weights in the first outlier columns); WG warpgroups multiply, 64 rows each. Where there
- * are too few tiles for the chip, a cluster divides K and every block finishes a part of the columns. */
+/* ---- many rows, Hopper ----------------------------------------------------------------------------------------------
+ * A tile of y is 128 rows of W times BX rows of x. One warp keeps a ring of chunks of both full; three warps fetch what
+ * follows the product needs (absmax of x, x and W in 16 outlier columns, the residual into the second-level cache); two
+ * warpgroups multiply, 64 rows of W each. Where there are too few tiles for the chip, a cluster divides K and every
+ * block finishes a part of x's rows. Up to BX = 32 two blocks fit a multiprocessor: the next product's weights arrive
+ * while this one ends. */
 
-template <int WG, int BN> struct Gemm8Shape {
-    static constexpr int a_bytes = WG * 64 * linear8_chunk, b_bytes = BN * linear8_chunk,
-                         stage_bytes = a_bytes + b_bytes;
-    static constexpr int staging_bytes = WG * 4 * gemm8_staging * 4,
-                         side_bytes = BN * 8 + BN * gemm8_near + WG * 64 * gemm8_near * 4;
-    static constexpr int stages = (shared_limit - staging_bytes - side_bytes - 512) / stage_bytes;
-    static constexpr int shared = stages * stage_bytes + staging_bytes + side_bytes + 512;
+enum {
+    gemm8_rows = 128,
+    gemm8_threads = 384,
+    gemm8_side = 96,     /* threads */
+    gemm8_mask = 1024,   /* words: outlier columns that blocks find for themselves */
+    gemm8_few_rows = 256 /* ... in the lists of so many rows */
+};
+
+template <int BX> struct Gemm8Shape {
+    static constexpr int blocks = BX <= 32 ? 2 : 1; /* for each multiprocessor */
+    static constexpr bool divides = BX <= 128;      /* K, among the blocks of a cluster */
+    static constexpr int w_bytes = gemm8_rows * linear8_chunk, stage_bytes = w_bytes + BX * linear8_chunk;
+    static constexpr int side_bytes =
+        BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
+    static constexpr int room = (blocks == 1 ? shared_limit : shared_total / 2 - 1024) - 128; /* 128: barriers */
+    static constexpr int stages = (room - side_bytes) / stage_bytes;
+    static constexpr int shared = stages * stage_bytes + side_bytes + 128;
+    static constexpr int side_regs = 56, regs = blocks == 1 ? 224 : 88;
 };
 
 struct Gemm8 {
-    CUtensorMap x, w[3];
+    CUtensorMap x, w[3]; /* w: [N / 16, 2, 8, K], row 2 i + h of 16 at [h, i]; or [1, 1, N, K]; see row_of8 */
     Linear8 l;
     Scratch8 s;
     int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
-    int m_tiles, chunks, slice, cluster;
-    int outliers; /* 1: list and count are valid */
+    int m_tiles, chunks, cluster;
+    int mine;   /* of a tile's groups of 8 rows of x each block of a cluster finishes so many */
+    int listed; /* outlier columns: 0 there are none, 1 in s.list, 2 in s.few */
 };
 
-template <int WG, int BN>
-__global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_constant__ Gemm8 p) {
+/* True: linear8_gemm takes the outlier columns from the rows' own lists, and linear8_columns is not needed. */
+bool linear8_few(const Linear8 &l) { return l.M <= gemm8_few_rows && l.K <= gemm8_mask * 32; }
+
+__device__ inline void tensor_load_4d(void *dst, const CUtensorMap *map, int x, int y, int z, int u, uint64_t *bar) {
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
+                 "[%1, {%2, %3, %4, %5}], [%6];" ::"r"(shared_address(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(u), "r"(shared_address(bar))
+                 : "memory");
+}
+__device__ inline void prefetch_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+template <int BX>
+__global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8_gemm(const __grid_constant__ Gemm8 p) {
 #ifdef BNB__HOPPER
-    using S = Gemm8Shape<WG, BN>;
+    using S = Gemm8Shape<BX>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    constexpr int regs = BN / 2; /* accumulators of a thread: [BN / 8][2 rows, 2 columns each] */
-    float *const staging = (float *)(shared + S::stages * S::stage_bytes); /* [WG * 4 warps][16, 40] */
-    float *const scb = (float *)((uint8_t *)staging + S::staging_bytes);   /* [BN] */
-    float *const bias = scb + BN;                                          /* [BN] */
-    float *const near_x = bias + BN;                                       /* [WG * 64, near] x in outlier columns */
-    uint8_t *const near_w = (uint8_t *)(near_x + WG * 64 * gemm8_near);    /* [BN, near] W in outlier columns */
-    uint64_t *const full = (uint64_t *)(near_w + BN * gemm8_near);         /* [stages] */
-    uint64_t *const empty = full + S::stages;                              /* [stages] */
+    constexpr int groups = BX / 8;
+    float *const near_x = (float *)(shared + S::stages * S::stage_bytes); /* [BX, near] x in outlier columns */
+    uint8_t *const near_c = (uint8_t *)(near_x + BX * gemm8_near);        /* [BX, near] codes there, negative */
+    uint8_t *const near_w = near_c + BX * gemm8_near;                     /* [128, near] W there */
+    float *const sca = (float *)(near_w + gemm8_rows * gemm8_near);       /* [BX] */
+    uint32_t *const mask = (uint32_t *)(sca + BX);                        /* [mask] bit k: an outlier column */
+    int *const columns = (int *)(mask + gemm8_mask);                      /* [11 warps, near] */
+    uint64_t *const full = (uint64_t *)(columns + 11 * gemm8_near);       /* [stages] */
+    uint64_t *const empty = full + S::stages;                             /* [stages] */
     uint64_t *const side_full = empty + S::stages, *const side_empty = side_full + 1;
+    int *const side_count = (int *)(side_empty + 1); /* outlier columns */
     const Linear8 &l = p.l;
     const int tid = threadIdx.x, lane = tid % 32;
-    const int rank = p.cluster > 1 ? cluster_rank() : 0;
-    const int c0 = rank * p.slice, nc = min(p.slice, p.chunks - c0);
-    const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / p.cluster, tile_step = gridDim.x / p.cluster;
+    const int cluster = S::divides ? p.cluster : 1; /* fewer branches */
+    const int rank = cluster > 1 ? cluster_rank() : 0;
+    const int c0 = rank * p.chunks / cluster, nc = (rank + 1) * p.chunks / cluster - c0; /* part of K */
+    const int j0 = S::divides ? min(rank * p.mine, groups) : 0; /* groups that this block finishes */
+    const int j1 = S::divides ? min(j0 + p.mine, groups) : groups;
+    const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / cluster, tile_step = gridDim.x / cluster;
     const auto part_of = [&](int tile) { return (tile / p.m_tiles >= p.first[1]) + (tile / p.m_tiles >= p.first[2]); };
-    const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * BN; };
+    const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * gemm8_rows; };
+    /* Codes of ordinary numbers in outlier columns are in the sums: they are taken out. */
+    const bool correct = p.listed && l.outlier_rule == 0;
 
     if (tid == 0) {
-        for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, WG * 4);
-        barrier_init(side_full, 96), barrier_init(side_empty, WG * 4);
+        for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
+        barrier_init(side_full, gemm8_side), barrier_init(side_empty, 8);
         barrier_init_done();
     }
     __syncthreads();
     grid_launch_dependents();
 
     if (tid < 128) {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::side_regs));
         if (tid == 0) {
             const auto load_w = [&](int tile, int c, int stage) {
-                const int part = part_of(tile);
-                tensor_load(shared + stage * S::stage_bytes + S::a_bytes, p.w + part, (c0 + c) * linear8_chunk,
-                            column_of(tile, part), full + stage);
+                const int part = part_of(tile), n0 = column_of(tile, part);
+                const bool paired = paired8(l.part[part].N);
+                tensor_load_4d(shared + stage * S::stage_bytes, p.w + part, (c0 + c) * linear8_chunk, paired ? 0 : n0,
+                               0, paired ? n0 / 16 : 0, full + stage);
             };
             /* Weights do not depend on the launch before: the first ring of them is asked for at once. */
             const int early = min(S::stages, nc);
@@ -3916,45 +4087,65 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
                         barrier_expect(full + stage, S::stage_bytes);
                         load_w(tile, c, stage);
                     }
-                    tensor_load(shared + stage * S::stage_bytes, &p.x, (c0 + c) * linear8_chunk,
-                                tile % p.m_tiles * (WG * 64), full + stage);
+                    tensor_load(shared + stage * S::stage_bytes + S::w_bytes, &p.x, (c0 + c) * linear8_chunk,
+                                tile % p.m_tiles * BX, full + stage);
                     if (++stage == S::stages) stage = 0, parity ^= 1;
                 }
         } else if (tid >= 32) {
+            const int i0 = tid - 32, r0 = i0 / 4, q = i0 % 4, n_words = p.s.Kp / 32;
+            int *const own = columns + i0 / 32 * gemm8_near;
+            if (p.listed == 2)
+                for (int i = i0; i < n_words; i += gemm8_side) mask[i] = 0;
+            const auto prefetch = [&](int tile) {
+                const int part = part_of(tile), n0 = column_of(tile, part), m0 = tile % p.m_tiles * BX;
+                if (!l.residual) return;
+                for (int i = i0; i < 8 * (j1 - j0) * 4; i += gemm8_side) {
+                    const int m = m0 + 8 * j0 + i / 4, n = n0 + i % 4 * 32;
+                    if (m < l.M && n < l.part[part].N) prefetch_l2(l.residual + m * l.ldr + n);
+                }
+            };
+            prefetch(tile0); /* the cache is coherent: it may come before what writes it */
+            named_barrier(1, gemm8_side);
             grid_wait();
-            const int count = p.outliers ? p.s.count[0] : 0, r0 = (tid - 32) / 4,
-                      q = (tid - 32) % 4; /* columns 4 q..4 q + 3 */
-            int parity = 0, k[4] = {};
+            int count = p.listed == 1 ? p.s.count[0] : 0, k[4] = {};
+            if (p.listed == 2) {
+                merge_few8(l, p.s, mask, i0, gemm8_side);
+                named_barrier(1, gemm8_side);
+                count = mask_columns8(mask, n_words, 0, gemm8_near, own);
+            }
+            if (i0 == 0) *side_count = count;
+            const int left = count - 4 * q;
             if (count > 0)
 #pragma unroll
-                for (int i = 0; i < 4; i++) k[i] = p.s.list[min(4 * q + i, count - 1)];
+                for (int i = 0; i < 4; i++) {
+                    const int at = min(4 * q + i, min(count, gemm8_near) - 1);
+                    k[i] = p.listed == 2 ? own[at] : p.s.list[at];
+                }
+            int parity = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_step, parity ^= 1) {
                 const int part = part_of(tile), n0 = column_of(tile, part), N = l.part[part].N,
-                          m0 = tile % p.m_tiles * (WG * 64);
+                          m0 = tile % p.m_tiles * BX;
+                const bool paired = paired8(N);
                 const int8_t *const w = (const int8_t *)l.part[part].w;
+                if (tile != tile0) prefetch(tile);
                 barrier_wait(side_empty, parity ^ 1);
-#pragma unroll 1
-                for (int i = tid - 32; i < BN; i += 96) {
-                    const int n = min(n0 + i, N - 1);
-                    scb[i] = l.part[part].scb[n];
-                    bias[i] = l.part[part].bias ? l.part[part].bias[n] : 0;
-                }
-                if (count > 0) {
+                for (int i = i0; i < BX; i += gemm8_side) sca[i] = m0 + i < l.M ? p.s.sca[m0 + i] : 0;
+                if (left > 0) {
+#pragma unroll 3
+                    for (int r = r0; r < gemm8_rows; r += gemm8_side / 4) {
+                        const int8_t *const at = w + (size_t)min(n0 + row_of8(r, paired), N - 1) * l.K;
+                        ((uint32_t *)near_w)[r * 4 + q] = four8(at, k);
+                    }
 #pragma unroll 2
-                    for (int r = r0; r < BN; r += 24) {
-                        const int8_t *const at = w + (size_t)min(n0 + r, N - 1) * l.K;
-                        const uint32_t a = (uint8_t)at[k[0]], b = (uint8_t)at[k[1]], c = (uint8_t)at[k[2]],
-                                       d = (uint8_t)at[k[3]];
-                        ((uint32_t *)near_w)[r * 4 + q] = a | b << 8 | c << 16 | d << 24;
+                    for (int r = 8 * j0 + r0; r < 8 * j1; r += gemm8_side / 4) {
+                        const int m = min(m0 + r, l.M - 1);
+                        const uint32_t codes = correct ? minus8(four8(p.s.codes + (size_t)m * p.s.Kp, k), left) : 0;
+                        *(float4 *)(near_x + r * gemm8_near + 4 * q) = x_four8(l, m, k, left);
+                        ((uint32_t *)near_c)[r * 4 + q] = codes;
                     }
-#pragma unroll 1
-                    for (int r = r0; r < WG * 64; r += 24) {
-                        const int m = min(m0 + r, l.M - 1), rows[4] = {m, m, m, m};
-                        float v[4];
-                        x_outliers8(l, rows, k, v);
-#pragma unroll
-                        for (int i = 0; i < 4; i++) near_x[r * gemm8_near + 4 * q + i] = 4 * q + i < count ? v[i] : 0;
-                    }
+                } else if (tile == tile0 && count > 0) {
+                    for (int r = r0; r < BX; r += gemm8_side / 4)
+                        *(float4 *)(near_x + r * gemm8_near + 4 * q) = float4(), ((uint32_t *)near_c)[r * 4 + q] = 0;
                 }
                 barrier_arrive(side_full);
             }
@@ -3962,26 +4153,40 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
         return;
     }
 
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(WG == 1 ? 240 : 232));
-    grid_wait();
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::regs));
     const int wg = tid / 128 - 1, warp = tid / 32 - 4, g = lane / 4, t = lane % 4;
-    const int count = p.outliers ? p.s.count[0] : 0;
     int stage = 0, parity = 0, side_parity = 0;
+    /* Outlier columns beyond those that are near (rare): four of this lane, and its rows' weights there. */
+    const auto far_columns = [&](int first, int count, int(&k)[4]) {
+        int *const found = columns + (3 + warp) * gemm8_near;
+        if (p.listed == 2) __syncwarp(), mask_columns8(mask, p.s.Kp / 32, first, gemm8_near, found);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int at = min(min(4 * t + i, gemm8_near - 1), count - 1 - first);
+            k[i] = p.listed == 2 ? found[at] : p.s.list[first + at];
+        }
+    };
+    const auto far_weights = [&](const Lane8 &own, int part, const int(&k)[4], uint32_t(&w)[2]) {
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            w[i] = four8((const int8_t *)l.part[part].w + (size_t)min(own.n[i], l.part[part].N - 1) * l.K, k);
+    };
+    grid_wait();
     for (int tile = tile0; tile < n_tiles; tile += tile_step, side_parity ^= 1) {
-        const int part = part_of(tile), n0 = column_of(tile, part), N = l.part[part].N;
-        const int m0 = tile % p.m_tiles * (WG * 64) + warp * 16;
-        float sca[2];
-        for (int i = 0; i < 2; i++) sca[i] = m0 + g + 8 * i < l.M ? p.s.sca[m0 + g + 8 * i] : 0;
+        const int part = part_of(tile), m0 = tile % p.m_tiles * BX, from = m0 + 8 * j0, to = min(m0 + 8 * j1, l.M);
+        const Lane8 own = lane8(l, part, column_of(tile, part) + 16 * warp);
+        constexpr int G = BX < 64 ? 2 : 4; /* groups that are finished together */
+        float residual[4 * G];             /* of the next of them: on the way while others are multiplied */
+        residual8<G>(l, own, m0 + 8 * j0 + 2 * t, from, to, residual);
 
-        int acc[regs], before = 0;
+        int acc[BX / 2], before = 0;
         for (int c = 0; c < nc; c++) {
-            const uint8_t *a = shared + stage * S::stage_bytes + wg * 64 * linear8_chunk;
-            const uint8_t *b = shared + stage * S::stage_bytes + S::a_bytes;
+            const uint8_t *at = shared + stage * S::stage_bytes;
             barrier_wait(full + stage, parity);
-            const uint64_t da = descriptor(a, 0), db = descriptor(b, 0);
+            const uint64_t dw = descriptor(at + wg * 64 * linear8_chunk, 0), dx = descriptor(at + S::w_bytes, 0);
             wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < 4; i++) wgmma_s8(acc, da + 2 * i, db + 2 * i, c > 0 || i > 0);
+            for (int i = 0; i < 4; i++) wgmma_s8(acc, dw + 2 * i, dx + 2 * i, c > 0 || i > 0);
             wgmma_commit();
             wgmma_wait<1>(); /* the chunk before */
             if (c > 0 && lane == 0) barrier_arrive(empty + before);
@@ -3990,120 +4195,138 @@ __global__ void __launch_bounds__((WG + 1) * 128, 1) linear8_gemm(const __grid_c
         }
         wgmma_wait<0>();
         if (lane == 0) barrier_arrive(empty + before);
+        __syncwarp();
 
-        const int n_groups = BN / 32, mine = n_groups / p.cluster; /* groups of 32 columns that this block finishes */
-        if (p.cluster > 1) {
-            /* A cluster has one tile, its rings are done: each block sends the others their columns' sums.
-             * [rank][16 * mine][WG * 128] */
-            int *const sums = (int *)shared + tid - 128;
+        int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads] */
+        if (cluster > 1) {
+            /* A cluster has one tile. Where all rings are done, each block sends each group's sums to the one that
+             * finishes it. */
             cluster_sync();
+            int owner = 0, slot = 0;
 #pragma unroll
-            for (int i = 0; i < n_groups; i++)
-                if (i / mine != rank) {
-                    int *const to = cluster_peer(sums, i / mine) + (rank * mine + i % mine) * 16 * (WG * 128);
-#pragma unroll
-                    for (int j = 0; j < 16; j++) to[j * (WG * 128)] = acc[16 * i + j];
-                }
-            cluster_sync();
-            for (int r = 1; r < p.cluster; r++) {
-                const int *const from = sums + (rank ^ r) * mine * 16 * (WG * 128);
-#pragma unroll
-                for (int i = 0; i < n_groups; i++)
-                    if (i / mine == rank) {
-#pragma unroll
-                        for (int j = 0; j < 16; j++) acc[16 * i + j] += from[(i % mine * 16 + j) * (WG * 128)];
-                    }
+            for (int j = 0; j < groups; j++) {
+                *cluster_peer(sums + (rank * p.mine + slot) * 256, owner) =
+                    make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                if (++slot == p.mine) slot = 0, owner++;
             }
+            cluster_sync();
         }
 
         barrier_wait(side_full, side_parity);
-        float *const tile_out = staging + warp * gemm8_staging;
-        /* 32 columns at a time. The loop is not unrolled: its code would be larger than the instruction cache. */
+        const int count = *side_count;
+        const float unit[2] = {own.scb[0] * weight8, own.scb[1] * weight8};
+        const uint32_t near[2] = {((const uint32_t *)near_w)[(16 * warp + g) * 4 + t],
+                                  ((const uint32_t *)near_w)[(16 * warp + g + 8) * 4 + t]};
+        /* A loop of few iterations, and only one: unrolled, code would be larger than the instruction cache. */
 #pragma unroll 1
-        for (int group = rank * mine; group < (rank + 1) * mine; group++) {
-            int part_acc[16]; /* acc[16 * group..], by comparison: registers have no index at run time */
+        for (int j = j0; j < j1; j += G) {
+            int sum[4 * G] = {};
+            if (cluster > 1) {
+                for (int r = 0; r < cluster; r++)
 #pragma unroll
-            for (int i = 0; i < n_groups; i++)
-                if (i == group) {
+                    for (int i = 0; i < G; i++) {
+                        if (j + i >= j1) continue;
+                        const int4 more = sums[(r * p.mine + j + i - j0) * 256];
+                        sum[4 * i] += more.x, sum[4 * i + 1] += more.y;
+                        sum[4 * i + 2] += more.z, sum[4 * i + 3] += more.w;
+                    }
+            } else { /* registers have no index at run time: they move up */
 #pragma unroll
-                    for (int j = 0; j < 16; j++) part_acc[j] = acc[16 * i + j];
+                for (int i = 0; i < 4 * G; i++) sum[i] = acc[i];
+#pragma unroll
+                for (int i = 0; i < BX / 2 - 4 * G; i++) acc[i] = acc[i + 4 * G];
+            }
+            const int m = m0 + 8 * j;
+            if (correct && count > 0)
+#pragma unroll
+                for (int i = 0; i < G; i++)
+                    mma_s8(sum + 4 * i, near[0], near[1], ((const uint32_t *)near_c)[(8 * (j + i) + g) * 4 + t]);
+            if (correct)
+#pragma unroll 1
+                for (int at = gemm8_near; at < count; at += gemm8_near) {
+                    int k[4];
+                    uint32_t w[2];
+                    far_columns(at, count, k), far_weights(own, part, k, w);
+#pragma unroll
+                    for (int i = 0; i < G; i++) {
+                        const int8_t *const codes = p.s.codes + (size_t)min(m + 8 * i + g, l.M - 1) * p.s.Kp;
+                        mma_s8(sum + 4 * i, w[0], w[1], minus8(four8(codes, k), count - at - 4 * t));
+                    }
                 }
-            float v[16];
+            float v[4 * G];
 #pragma unroll
-            for (int i = 0; i < 16; i++) {
-                const int n = 32 * group + 8 * (i / 4) + 2 * t + i % 2;
-                v[i] = scaled8(part_acc[i], sca[i / 2 % 2], scb[n], bias[n]);
+            for (int i = 0; i < 4 * G; i++) {
+                const float s = sca[8 * (j + i / 4) + 2 * t + i % 2];
+                v[i] = scaled8(sum[i], s, own.scb[i / 2 % 2], own.bias[i / 2 % 2]);
+            }
+            if (count > 0) {
+                const auto x = [&](int i) {
+                    return *(const float4 *)(near_x + (8 * (j + i) + g) * gemm8_near + 4 * t);
+                };
+                outliers8<G>(l, near, x, unit, v);
             }
 #pragma unroll 1
-            for (int j0 = 0; j0 < count; j0 += gemm8_near) {
-                float x[8];
-                uint32_t w[4];
-                if (j0 == 0) {
-                    const float4 a = *(const float4 *)(near_x + (warp * 16 + g) * gemm8_near + 4 * t);
-                    const float4 b = *(const float4 *)(near_x + (warp * 16 + g + 8) * gemm8_near + 4 * t);
-                    x[0] = a.x, x[1] = b.x, x[2] = a.y, x[3] = b.y, x[4] = a.z, x[5] = b.z, x[6] = a.w, x[7] = b.w;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) w[j] = ((const uint32_t *)near_w)[(32 * group + 8 * j + g) * 4 + t];
-                } else { /* rare: more outlier columns than are kept near */
-                    const int8_t *const from = (const int8_t *)l.part[part].w;
-                    int rows[8], k[8];
-#pragma unroll
-                    for (int i = 0; i < 8; i++) {
-                        rows[i] = min(m0 + g + i % 2 * 8, l.M - 1);
-                        k[i] = p.s.list[min(j0 + 4 * t + i / 2, count - 1)];
-                    }
-                    x_outliers8(l, rows, k, x);
-#pragma unroll
-                    for (int i = 0; i < 8; i++)
-                        if (j0 + 4 * t + i / 2 >= count) x[i] = 0;
-#pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        const int8_t *const at = from + (size_t)min(n0 + 32 * group + 8 * j + g, N - 1) * l.K;
-                        w[j] = (uint32_t)(uint8_t)at[k[0]] | (uint32_t)(uint8_t)at[k[2]] << 8 |
-                               (uint32_t)(uint8_t)at[k[4]] << 16 | (uint32_t)(uint8_t)at[k[6]] << 24;
-                    }
-                }
-                outliers8(l, x, w, scb + 32 * group, v);
+            for (int at = gemm8_near; at < count; at += gemm8_near) {
+                int k[4];
+                uint32_t w[2];
+                far_columns(at, count, k), far_weights(own, part, k, w);
+                const auto x = [&](int i) { return x_four8(l, min(m + 8 * i + g, l.M - 1), k, count - at - 4 * t); };
+                outliers8<G>(l, w, x, unit, v);
             }
             activate8(l.act, v);
-            store8(l, part, m0, n0 + 32 * group, tile_out, v);
+#pragma unroll
+            for (int i = 0; i < 4 * G; i++) v[i] += residual[i];
+            if (j + G < j1) residual8<G>(l, own, m + 8 * G + 2 * t, from, to, residual);
+            store8<G>(l, part, own, m + 2 * t, from, to, v);
         }
+        __syncwarp();
         if (lane == 0) barrier_arrive(side_empty);
     }
 #endif
 }
 
-template <int WG, int BN>
-cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int cluster, bool pdl) {
-    Gemm8 p;
-    p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk, p.cluster = cluster;
-    p.slice = (p.chunks + cluster - 1) / cluster;
-    p.m_tiles = (l.M + WG * 64 - 1) / (WG * 64);
-    p.outliers = l.threshold > 0;
-    cudaError_t e = tensor_map(&p.x, 1, p.s.codes, p.s.Kp, l.M, p.s.Kp, WG * 64);
-    for (int i = 0; !e && i < l.n_parts; i++) e = tensor_map(p.w + i, 1, l.part[i].w, l.K, l.part[i].N, l.K, BN);
-    if (e) return e;
-    p.first[0] = 0;
-    for (int i = 0; i < 3; i++) p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + BN - 1) / BN : 0);
-    const int tiles = p.m_tiles * p.first[3], slots = multiprocessors();
-    const int n = cluster > 1 ? tiles : tiles < slots ? tiles : slots;
-    return launch(linear8_gemm<WG, BN>, p, dim3(n * cluster), (WG + 1) * 128, Gemm8Shape<WG, BN>::shared, cluster, pdl,
-                  stream);
+/* The map of W for linear8_gemm; see Gemm8. */
+cudaError_t weight_map8(CUtensorMap *map, const void *w, int N, int K) {
+    const bool paired = paired8(N);
+    const int64_t size[4] = {K, paired ? 8 : N, paired ? 2 : 1, paired ? N / 16 : 1};
+    const int64_t pitch[3] = {paired ? 2 * (int64_t)K : K, K, 16 * (int64_t)K};
+    const int box[4] = {linear8_chunk, paired ? 8 : gemm8_rows, paired ? 2 : 1, paired ? gemm8_rows / 16 : 1};
+    return tensor_map<4>(map, 1, w, size, pitch, box);
 }
 
-/* ---- M > 16, mma.sync -----------------------------------------------------------------------------------------------
- * A block has one tile of y, BM x BN, and 8 warps, each with 32 columns and 64, 32 or 16 rows of it. Chunks of x and W
- * go through a ring of stages, swizzled as the copy engine would. Where the tiles are too few for the chip, they are
- * smaller: K is never divided. */
+template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int cluster, bool pdl) {
+    Gemm8 p;
+    p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk, p.cluster = cluster;
+    p.mine = (BX / 8 + cluster - 1) / cluster;
+    p.m_tiles = (l.M + BX - 1) / BX;
+    p.listed = !(l.threshold > 0) ? 0 : linear8_few(l) ? 2 : 1;
+    cudaError_t e = tensor_map(&p.x, 1, p.s.codes, p.s.Kp, l.M, p.s.Kp, BX);
+    for (int i = 0; !e && i < l.n_parts; i++) e = weight_map8(p.w + i, l.part[i].w, l.part[i].N, l.K);
+    if (e) return e;
+    p.first[0] = 0;
+    for (int i = 0; i < 3; i++)
+        p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + gemm8_rows - 1) / gemm8_rows : 0);
+    const int tiles = p.m_tiles * p.first[3], slots = Gemm8Shape<BX>::blocks * multiprocessors();
+    return launch(linear8_gemm<BX>, p,
+                  dim3(cluster > 1     ? tiles * cluster
+                       : tiles < slots ? tiles
+                                       : slots),
+                  gemm8_threads, Gemm8Shape<BX>::shared, cluster, pdl, stream);
+}
+
+/* ---- many rows, mma.sync --------------------------------------------------------------------------------------------
+ * A block has one tile of y, BM rows of x by BN of W, and 8 warps, each with 32 rows of W and 64, 32 or 16 of x. Chunks
+ * of x and W go through a ring of stages, swizzled as the copy engine would. Where the tiles are too few for the chip,
+ * they are smaller: K is never divided. */
 
 enum { gemm8_mma_threads = 256, gemm8_mma_stages = 3 };
 
 template <int BM, int BN> struct Gemm8MmaShape {
     static constexpr int stage_bytes = (BM + BN) * linear8_chunk, ring_bytes = gemm8_mma_stages * stage_bytes;
     static constexpr int warps_n = BN / 32, warps_m = 8 / warps_n, warp_rows = BM / warps_m;
-    static constexpr int shared = ring_bytes + BN * 8;
-    /* behind the product the ring's place holds x and W in outlier columns and the warps' staging */
-    static_assert(BM * gemm8_near * 4 + BN * gemm8_near + 8 * gemm8_staging * 4 <= ring_bytes, "no room");
+    static constexpr int shared = ring_bytes;
+    /* behind the product the ring's place holds x and W in outlier columns */
+    static_assert(BM * gemm8_near * 4 + BN * gemm8_near <= ring_bytes, "no room");
 };
 
 struct Gemm8Mma {
@@ -4119,14 +4342,14 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
 #ifdef BNB__MMA
     using S = Gemm8MmaShape<BM, BN>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    constexpr int MT = S::warp_rows / 16;
-    float *const scb = (float *)(shared + S::ring_bytes), *const bias = scb + BN; /* [BN] */
+    constexpr int groups = S::warp_rows / 8; /* of rows of x */
     const Linear8 &l = p.l;
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int column = blockIdx.x / p.m_tiles, part = (column >= p.first[1]) + (column >= p.first[2]);
     const int m0 = blockIdx.x % p.m_tiles * BM, n0 = (column - p.first[part]) * BN, N = l.part[part].N;
     const int warp_m = warp / S::warps_n * S::warp_rows, warp_n = warp % S::warps_n * 32;
     const int8_t *const w = (const int8_t *)l.part[part].w;
+    const bool paired = paired8(N);
 
     const auto load = [&](int c) { /* chunk c to its stage; groups are counted, also empty ones */
         if (c < p.chunks) {
@@ -4134,7 +4357,7 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
             const int k = c * linear8_chunk + tid % 8 * 16;
 #pragma unroll
             for (int i = 0; i < (BM + BN) / 32; i++) {
-                const int r = tid / 8 + 32 * i, m = m0 + r, n = n0 + r - BM;
+                const int r = tid / 8 + 32 * i, m = m0 + r, n = n0 + row_of8(r - BM, paired);
                 const bool of_x = i < BM / 32, inside = of_x ? m < l.M : n < N && k < l.K;
                 const int8_t *const from = of_x ? p.s.codes + (size_t)m * p.s.Kp + k : w + (size_t)n * l.K + k;
                 copy_async(to + r * linear8_chunk + ((tid ^ r) & 7) * 16, inside ? from : w, inside ? 16 : 0);
@@ -4144,12 +4367,7 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
     };
     grid_launch_dependents();
     grid_wait();
-    for (int i = tid; i < BN; i += gemm8_mma_threads) {
-        const int n = min(n0 + i, N - 1);
-        scb[i] = l.part[part].scb[n];
-        bias[i] = l.part[part].bias ? l.part[part].bias[n] : 0;
-    }
-    int acc[MT][4][4] = {}; /* [16 rows][8 columns][as in outliers8] */
+    int acc[2][groups][4] = {}; /* [16 rows of W][8 rows of x][as Lane8 says] */
     load(0);
     load(1);
     for (int c = 0; c < p.chunks; c++) {
@@ -4157,42 +4375,42 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
         __syncthreads(); /* chunk c has arrived, for all, and chunk c - 1 is done with */
         load(c + 2);
         const uint8_t *const stage = shared + c % gemm8_mma_stages * S::stage_bytes;
-        const uint8_t *const x_at = stage + (warp_m + lane % 16) * linear8_chunk;
-        const uint8_t *const w_at = stage + BM * linear8_chunk + (warp_n + lane / 16 * 8 + lane % 8) * linear8_chunk;
+        const uint8_t *const w_at = stage + (BM + warp_n + lane % 16) * linear8_chunk;
+        const uint8_t *const x_at = stage + (warp_m + lane / 16 * 8 + lane % 8) * linear8_chunk;
 #pragma unroll
         for (int s = 0; s < linear8_chunk / 32; s++) {
-            uint32_t a[MT][4], b[2][4];
+            uint32_t a[2][4], b[groups / 2][4];
 #pragma unroll
-            for (int i = 0; i < MT; i++)
-                load_matrices(a[i], x_at + i * 16 * linear8_chunk + (((2 * s + lane / 16) ^ lane) & 7) * 16);
+            for (int h = 0; h < 2; h++)
+                load_matrices(a[h], w_at + h * 16 * linear8_chunk + (((2 * s + lane / 16) ^ lane) & 7) * 16);
 #pragma unroll
-            for (int j = 0; j < 2; j++)
-                load_matrices(b[j], w_at + j * 16 * linear8_chunk + (((2 * s + lane / 8 % 2) ^ lane) & 7) * 16);
+            for (int j = 0; j < groups / 2; j++)
+                load_matrices(b[j], x_at + j * 16 * linear8_chunk + (((2 * s + lane / 8 % 2) ^ lane) & 7) * 16);
 #pragma unroll
-            for (int i = 0; i < MT; i++)
+            for (int h = 0; h < 2; h++)
 #pragma unroll
-                for (int j = 0; j < 4; j++)
-                    mma_s8(acc[i][j], a[i][0], a[i][1], a[i][2], a[i][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+                for (int j = 0; j < groups; j++)
+                    mma_s8(acc[h][j], a[h][0], a[h][1], a[h][2], a[h][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
     }
     copy_wait<0>();
 
-    float v[MT][16];
+    Lane8 own[2];
+    float v[2][groups * 4];
 #pragma unroll
-    for (int i = 0; i < MT; i++)
+    for (int h = 0; h < 2; h++) {
+        own[h] = lane8(l, part, n0 + warp_n + 16 * h);
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            const int m = m0 + warp_m + 16 * i + g + 8 * h;
-            const float sca = m < l.M ? p.s.sca[m] : 0;
+        for (int j = 0; j < groups; j++)
 #pragma unroll
-            for (int j = 0; j < 8; j++) {
-                const int n = warp_n + j / 2 * 8 + 2 * t + j % 2;
-                v[i][j / 2 * 4 + h * 2 + j % 2] = scaled8(acc[i][j / 2][h * 2 + j % 2], sca, scb[n], bias[n]);
+            for (int i = 0; i < 4; i++) {
+                const int m = m0 + warp_m + 8 * j + 2 * t + i % 2;
+                v[h][4 * j + i] =
+                    scaled8(acc[h][j][i], m < l.M ? p.s.sca[m] : 0, own[h].scb[i / 2], own[h].bias[i / 2]);
             }
-        }
+    }
     float *const near_x = (float *)shared;                         /* [BM, near] x in outlier columns */
     uint8_t *const near_w = (uint8_t *)(near_x + BM * gemm8_near); /* [BN, near] W in outlier columns */
-    float *const staging = (float *)(near_w + BN * gemm8_near) + warp * gemm8_staging;
     const int count = p.outliers ? p.s.count[0] : 0;
 #pragma unroll 1
     for (int j0 = 0; j0 < count; j0 += gemm8_near) {
@@ -4207,24 +4425,30 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
         }
 #pragma unroll 4
         for (int r = tid / gemm8_near; r < BN; r += gemm8_mma_threads / gemm8_near)
-            near_w[r * gemm8_near + tid % gemm8_near] = (uint8_t)w[(size_t)min(n0 + r, N - 1) * l.K + k[0]];
+            near_w[r * gemm8_near + tid % gemm8_near] =
+                (uint8_t)w[(size_t)min(n0 + row_of8(r, paired), N - 1) * l.K + k[0]];
         __syncthreads();
-        uint32_t b[4];
 #pragma unroll
-        for (int j = 0; j < 4; j++) b[j] = ((const uint32_t *)near_w)[(warp_n + 8 * j + g) * 4 + t];
-#pragma unroll
-        for (int i = 0; i < MT; i++) {
-            const float *const at = near_x + (warp_m + 16 * i + g) * gemm8_near + 4 * t;
-            const float4 low = *(const float4 *)at, high = *(const float4 *)(at + 8 * gemm8_near);
-            const float x[8] = {low.x, high.x, low.y, high.y, low.z, high.z, low.w, high.w};
-            outliers8(l, x, b, scb + warp_n, v[i]);
+        for (int h = 0; h < 2; h++) {
+            const uint32_t *const w_at = (const uint32_t *)near_w + (warp_n + 16 * h + g) * 4 + t;
+            const uint32_t near[2] = {w_at[0], w_at[8 * 4]};
+            const float unit[2] = {own[h].scb[0] * weight8, own[h].scb[1] * weight8};
+            const auto x = [&](int j) { return *(const float4 *)(near_x + (warp_m + 8 * j + g) * gemm8_near + 4 * t); };
+            outliers8<groups>(l, near, x, unit, v[h]);
         }
     }
-    __syncthreads();
 #pragma unroll
-    for (int i = 0; i < MT; i++) {
-        activate8(l.act, v[i]);
-        store8(l, part, m0 + warp_m + 16 * i, n0 + warp_n, staging, v[i]);
+    for (int h = 0; h < 2; h++) {
+        activate8(l.act, v[h]);
+#pragma unroll
+        for (int j = 0; j < groups; j += 2) {
+            const int m = m0 + warp_m + 8 * j + 2 * t;
+            float e[8];
+            residual8<2>(l, own[h], m, 0, l.M, e);
+#pragma unroll
+            for (int i = 0; i < 8; i++) e[i] += v[h][4 * j + i];
+            store8<2>(l, part, own[h], m, 0, l.M, e);
+        }
     }
 #endif
 }
@@ -4253,41 +4477,42 @@ cudaError_t linear8_init(int device) { /* the current one */
     const auto allow = [&](auto kernel, int bytes) {
         if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
     };
-    allow(linear8_skinny<1>, shared_limit), allow(linear8_skinny<2>, shared_limit);
-    allow(linear8_gemm<1, 128>, Gemm8Shape<1, 128>::shared);
-    allow(linear8_gemm<2, 128>, Gemm8Shape<2, 128>::shared);
-    allow(linear8_gemm<2, 256>, Gemm8Shape<2, 256>::shared);
+    allow(linear8_skinny, shared_limit);
+    allow(linear8_gemm<16>, Gemm8Shape<16>::shared), allow(linear8_gemm<32>, Gemm8Shape<32>::shared);
+    allow(linear8_gemm<64>, Gemm8Shape<64>::shared), allow(linear8_gemm<128>, Gemm8Shape<128>::shared);
+    allow(linear8_gemm<256>, Gemm8Shape<256>::shared);
     return e;
 }
 
 /* What the large products ask for: x in int8 and its outlier columns. */
-cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool pdl) {
-    const Quantize8 q = {l, scratch8(l)};
-    const cudaError_t e = launch(linear8_quantize, q, dim3(l.M), 256, 0, 1, pdl, stream);
-    if (e || !(l.threshold > 0)) return e;
-    return launch(linear8_columns, q, dim3((q.s.Kp / 32 + 7) / 8, (l.M + columns8_rows - 1) / columns8_rows), 256, 0, 1,
-                  pdl, stream);
+cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool clear, bool pdl) {
+    const cudaError_t e = linear8_quantize_launch(stream, l, pdl);
+    if (e || !list || !(l.threshold > 0)) return e;
+    const Columns8 p = {l, scratch8(l), clear};
+    return launch(linear8_columns, p, dim3(1), 1024, p.s.Kp / 8, 1, pdl, stream);
 }
 
 cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
-    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
-    const int slots = multiprocessors(), bm = l.M <= 64 ? 64 : 128, narrow = tiles8(l, bm, 128);
-    int cluster = 1;
-    while (cluster < 4 && narrow * cluster * 2 <= slots && scratch8(l).Kp / linear8_chunk >= 8 * cluster) cluster *= 2;
-    if (bm == 64) return linear8_gemm_launch<1, 128>(stream, l, cluster, pdl);
+    if (const cudaError_t e = linear8_codes(stream, l, !linear8_few(l), false, pdl)) return e;
+    const int slots = multiprocessors(), chunks = scratch8(l).Kp / linear8_chunk;
+    const int bx = l.M <= 16 ? 16 : l.M <= 32 ? 32 : l.M <= 64 ? 64 : 128, tiles = tiles8(l, bx, gemm8_rows);
+    /* As many blocks as there are multiprocessors; what blocks of 128 rows of x send each other costs more than it
+     * saves from 4 on. */
+    const int cluster = std::max(1, std::min({slots / tiles, chunks / 2, bx == 128 ? 2 : 8}));
+    if (bx == 16) return linear8_gemm_launch<16>(stream, l, cluster, pdl);
+    if (bx == 32) return linear8_gemm_launch<32>(stream, l, cluster, pdl);
+    if (bx == 64) return linear8_gemm_launch<64>(stream, l, cluster, pdl);
     /* A wide tile costs about 1.8 narrow ones. */
-    const int wide_waves = (tiles8(l, bm, 256) + slots - 1) / slots, narrow_waves = (narrow + slots - 1) / slots;
-    if (cluster > 1 || narrow_waves * 10 < wide_waves * 18) return linear8_gemm_launch<2, 128>(stream, l, cluster, pdl);
-    return linear8_gemm_launch<2, 256>(stream, l, 1, pdl);
+    const int wide_waves = (tiles8(l, 256, gemm8_rows) + slots - 1) / slots, waves = (tiles + slots - 1) / slots;
+    if (cluster > 1 || waves * 10 < wide_waves * 18) return linear8_gemm_launch<128>(stream, l, cluster, pdl);
+    return linear8_gemm_launch<256>(stream, l, 1, pdl);
 }
 
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
     Skinny8 p;
-    if (l.M > 16 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
-    if (!p.quantize) {
-        const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
-        if (e) return e;
-    }
+    if (l.M > 8 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
+    if (!p.quantize)
+        if (const cudaError_t e = linear8_quantize_launch(stream, l, pdl)) return e;
     return linear8_skinny_launch(stream, &p, pdl);
 }
 
@@ -4311,13 +4536,13 @@ cudaError_t linear8_mma(cudaStream_t stream, const Linear8 &l, bool pdl) {
     for (int blocks = 2; l.M <= 16 && blocks > 0; blocks--) {
         if (!skinny8_plan(&p, l, blocks, total)) continue;
         if (!p.quantize) {
-            const cudaError_t e = launch(linear8_quantize, Quantize8{l, p.s}, dim3(l.M), 256, 0, 1, pdl, stream);
+            const cudaError_t e = linear8_quantize_launch(stream, l, pdl);
             if (e) return e;
         }
         return launch(l.M > 8 ? linear8_skinny_mma<2> : linear8_skinny_mma<1>, p,
                       dim3(std::min(p.first[3], blocks * slots)), skinny8_threads, p.shared, 1, pdl, stream);
     }
-    if (const cudaError_t e = linear8_codes(stream, l, pdl)) return e;
+    if (const cudaError_t e = linear8_codes(stream, l, true, true, pdl)) return e;
     /* The largest tiles of which there are enough. */
     if (l.M > 64 && tiles8(l, 128, 128) >= slots) return linear8_gemm_mma_launch<128, 128>(stream, l, pdl);
     if (tiles8(l, 64, 128) >= slots) return linear8_gemm_mma_launch<64, 128>(stream, l, pdl);
