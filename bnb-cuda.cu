@@ -2216,6 +2216,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                     if (kBuffers == 2) expand(f[i ^ 1]);
                 }
                 wgmma_wait<0>();
+                __syncwarp(); // all lanes have read the stage
                 if (arrives) barrier_arrive(empty + running * 8);
                 if (kShare > 1 && arrives) barrier_arrive_at(empty + running * 8, member ^ 1);
             }
