@@ -1329,14 +1329,16 @@ template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const ui
 
 // ---- what the kernels share -----------------------------------------------------------------------------------------
 
-// Out of line: a kernel of a few microseconds fetches its instructions cold, and long ones cost more than they do.
-__device__ __noinline__ float activate_smooth(float v, int act) {
-    switch (act) {
-    case kActGelu: return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    case kActGeluTanh: return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    default: return v / (1.0f + expf(-v)); // kActSilu
-    }
+// Silu, and gelu in its tanh form, 0.5 v (1 + tanh(z / 2)), are v / (1 + exp(-z)): a few instructions, to 2e-6.
+__device__ __forceinline__ float gated(float v, int act) {
+    const float z = act == kActSilu ? v : 1.5957691f * (v + 0.044715f * v * v * v);
+    return __fdividef(v, 1.0f + __expf(-z));
 }
+__device__ __forceinline__ float smooth(float v, int act) {
+    return act == kActGelu ? 0.5f * v * (1.0f + erff(v * 0.70710678f)) : gated(v, act);
+}
+// Out of line: a kernel of a few microseconds fetches its instructions cold, and long ones cost more than they do.
+__device__ __noinline__ float activate_smooth(float v, int act) { return smooth(v, act); }
 
 __device__ __forceinline__ float activate(float v, int act) {
     if (act == kActNone) return v;
@@ -1589,10 +1591,13 @@ struct PairOut {
             if (act == kActRelu) {
 #pragma unroll
                 for (int j = 0; j < kBatch; ++j) v[j] = make_float2(fmaxf(v[j].x, 0.0f), fmaxf(v[j].y, 0.0f));
-            } else if (act != kActNone) {
+            } else if (act == kActGelu) {
 #pragma unroll
                 for (int j = 0; j < kBatch; ++j)
                     v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
+            } else if (act != kActNone) {
+#pragma unroll
+                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(gated(v[j].x, act), gated(v[j].y, act));
             }
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x + add[j].x, v[j].y + add[j].y);
@@ -3543,31 +3548,30 @@ __device__ inline float scaled8(int sum, float sca, float scb, float bias) {
     return fmaf(__fmul_rn(__fmul_rn((float)sum, sca), scb), dequant8, bias);
 }
 
-__device__ inline float activate8(int act, float v) {
-    if (act == 1) return fmaxf(v, 0.0f);
-    if (act == 2) return 0.5f * v * (1.0f + erff(v * 0.70710678f));
-    if (act == 3) return 0.5f * v * (1.0f + tanhf(0.79788456f * (v + 0.044715f * v * v * v)));
-    if (act == 4) return v / (1.0f + __expf(-v));
-    return v;
+__device__ inline float activate8(int act, float v) { /* numbered as tile4's */
+    return act == 0 ? v : act == 1 ? fmaxf(v, 0.0f) : tile4::smooth(v, act);
 }
-/* Registers have no index at run time, and unrolled the code would be too long for the instruction cache: they go
- * round. */
 template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N]) {
     constexpr int step = 4;
     if (act == 1) {
 #pragma unroll
         for (int i = 0; i < N; i++) v[i] = fmaxf(v[i], 0.0f);
-    } else if (act) {
+    } else if (act == 2) {
+        /* Registers have no index at run time, and unrolled the code would be too long for the instruction cache: they
+         * go round. */
 #pragma unroll 1
         for (int r = 0; r < N / step; r++) {
             float u[step];
 #pragma unroll
-            for (int i = 0; i < step; i++) u[i] = activate8(act, v[i]);
+            for (int i = 0; i < step; i++) u[i] = tile4::smooth(v[i], tile4::kActGelu);
 #pragma unroll
             for (int i = 0; i < N - step; i++) v[i] = v[i + step];
 #pragma unroll
             for (int i = 0; i < step; i++) v[N - step + i] = u[i];
         }
+    } else if (act) {
+#pragma unroll
+        for (int i = 0; i < N; i++) v[i] = tile4::gated(v[i], act);
     }
 }
 
