@@ -11,6 +11,8 @@
 #include "cli.h"
 
 #include <stdlib.h>
+
+#include <memory>
 #ifndef _WIN32
 #include <unistd.h>
 #endif
@@ -345,7 +347,8 @@ struct Bench {
     bnb_tensor *w;
     bool on_cpu;
 
-    Bench(const Options &options, const cli::Given &given, bnb_env *env);
+    // as_f16: the same with weights in f16, to compare with
+    Bench(const Options &options, const cli::Given &given, bnb_env *env, bool as_f16 = false);
     uint64_t bytes() const { return bnb_tensor_bytes(w); }
     bnb_tensor *new_weight(bnb_ctx *ctx) const {
         const int64_t shape[2] = {n, k};
@@ -356,19 +359,21 @@ struct Bench {
     double seconds(int64_t m, std::string *kernel) const;
 };
 
-Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e) : o(options), env(e), w(nullptr) {
+Bench::Bench(const Options &options, const cli::Given &given, bnb_env *e, bool as_f16) : o(options), env(e), w(nullptr) {
     const std::vector<int64_t> shape = positive_list("--shape", o.shape);
     if (shape.size() != 2) cli::usage("--shape: two numbers are needed, N,K");
     n = shape[0];
     k = shape[1];
     const bnb_load_params load = o.quant.params(given);
     const bnb_model_params model = o.model.params(given, o.quant);
-    type = load.type;
+    type = as_f16 ? int32_t{BNB_F16} : load.type;
     quant = bnb_quant_default(type);
-    quant.blocksize = load.blocksize;
-    quant.double_quant = load.double_quant;
-    quant.threshold = load.threshold;
-    if (model.outlier_rule >= 0) quant.outlier_rule = model.outlier_rule;
+    if (!as_f16) {
+        quant.blocksize = load.blocksize;
+        quant.double_quant = load.double_quant;
+        quant.threshold = load.threshold;
+        if (model.outlier_rule >= 0) quant.outlier_rule = model.outlier_rule;
+    }
     bnb_plan_params_default(&plan_params, sizeof plan_params);
     plan_params.compute_dtype = model.compute_dtype;
     bnb_error err;
@@ -445,10 +450,11 @@ std::string kernel_name(const bnb_plan *plan) {
 }
 
 // Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model
-// do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would).
+// do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would). Many rows on a GPU:
+// eight products, so that the op before them is a small part.
 double Bench::seconds(int64_t m, std::string *kernel) const {
     const uint64_t all = on_cpu ? beyond_caches() : 256u << 20;
-    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(all / bytes() + 2, 256)) : 1;
+    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(all / bytes() + 2, 256)) : on_cpu ? 1 : 8;
     const Products p = products(m, copies);
     *kernel = kernel_name(p.plan.get());
     bnb_error err;
@@ -480,9 +486,11 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
         if (json) return;
         cli::print(cli::format("%s [%lld, %lld], %s\n", bnb_type_name(b.type), static_cast<long long>(b.n),
                                static_cast<long long>(b.k), limit.c_str()));
-        cli::print(cli::format("%8s %12s %10s %10s %8s  %s\n", "rows", "us", "GB/s", "GFLOP/s", "% read", "kernel"));
+        cli::print(cli::format("%8s %12s %10s %10s %8s", "rows", "us", "GB/s", "GFLOP/s", "% read"));
+        if (b.type != BNB_F16) cli::print(cli::format(" %12s %8s", "f16 us", "x f16"));
+        cli::print("  kernel\n");
     }
-    void row(int64_t m, double s, const std::string &kernel) {
+    void row(int64_t m, double s, const std::string &kernel, double f16, const std::string &f16_kernel) { // f16: seconds, or 0
         const double gb_s = double(b.bytes()) / s / 1e9, gflop_s = 2 * double(m) * double(b.n * b.k) / s / 1e9;
         const double percent = 100e9 * gb_s / bandwidth;
         rows.push_back(cli::Json()
@@ -492,9 +500,12 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
                            .add("gflop_s", gflop_s)
                            .add("pct_of_bandwidth", percent)
                            .add("kernel", kernel));
-        if (!json)
-            cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f  %s\n", static_cast<long long>(m), s * 1e6, gb_s,
-                                   gflop_s, percent, kernel.c_str()));
+        if (f16 > 0)
+            rows.back().add("f16_us", f16 * 1e6).add("speedup_over_f16", f16 / s).add("f16_kernel", f16_kernel);
+        if (json) return;
+        cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f", static_cast<long long>(m), s * 1e6, gb_s, gflop_s, percent));
+        if (f16 > 0) cli::print(cli::format(" %12.2f %8.2f", f16 * 1e6, f16 / s));
+        cli::print("  " + kernel + (f16 > 0 ? ", f16: " + f16_kernel : "") + "\n");
     }
     void end() const {
         cli::Json object;
@@ -511,15 +522,17 @@ void bench_ops(Options &o, const cli::Given &given, bnb_env *env) {
     const std::vector<int64_t> batches = positive_list("--batch", o.batch);
     if (o.quant.type.empty()) o.quant.type = "nf4";
     const Bench bench(o, given, env);
+    std::unique_ptr<Bench> f16; // the peer, in the same run
+    if (bench.type != BNB_F16) f16.reset(new Bench(o, given, env, true));
     bnb_error err;
     bnb_device_info device;
     cli::need(bnb_backend_info(bench.backend.get(), 1, &device, &err), err);
     OpsTable table = {bench, device.read_bandwidth > 0 ? device.read_bandwidth : read_bandwidth(env), device.description, o.common.json, {}};
     table.head();
     for (int64_t m : batches) {
-        std::string kernel;
+        std::string kernel, f16_kernel;
         const double s = bench.seconds(m, &kernel);
-        table.row(m, s, kernel);
+        table.row(m, s, kernel, f16 ? f16->seconds(m, &f16_kernel) : 0, f16_kernel);
     }
     table.end();
 }

@@ -268,6 +268,9 @@ TEST_CASE("cli: --json prints one object and nothing else") {
     REQUIRE(ops["ops"].size() == 2);
     CHECK(ops["ops"][1]["rows"] == 4);
     CHECK(ops["ops"][1]["us"].get<double>() > 0);
+    for (const std::string name : {"f16_us", "speedup_over_f16"}) CHECK_MESSAGE(ops["ops"][1][name].get<double>() > 0, name);
+    const json f16 = json::parse(run({"bench", "--ops", "--shape", "64,128", "--type", "f16", "-r", "1", "--json"}).out);
+    CHECK_FALSE(f16["ops"][0].contains("f16_us")); // it is its own peer
 
     const json model = json::parse(run({"inspect", DEMO, "--tensors", "--check", "--json"}).out);
     CHECK(model["arch"] == "gpt2");
