@@ -6,7 +6,8 @@
 //        [DEV]   memory, copies, errors                        [RUN]     captured graphs
 //        [DEVICE] what kernels share                           [WEIGHTS] layouts, upload, download
 //        [PLAIN] kernels for every GPU, the reference          [API]     the table that bnb.c asks for
-//        [TILE4] [TILE8] [DENSE] NVIDIA only: tensor-core kernels for 4-bit and f16 weights, for int8 and attention, cuBLASLt
+//        [PTX] [TILE4] [TILE8] [DENSE] NVIDIA only: instructions, tensor-core kernels for 4-bit and f16 weights, for
+//        int8 and attention, cuBLASLt
 // Not:   no host round trip within a run: what changes per token is input data, checked by the kernels that follow it.
 //        No managed memory, one stream, no device code that depends on the wave size. Tensor-core kernels need sm_80; those
 //        in Hopper's own instructions sm_90a. Other GPUs run the plain ones.
@@ -919,6 +920,256 @@ __global__ void feed_kernel(Feeds f) {
 }
 
 #ifdef __CUDACC__
+/* ==== [PTX] =====================================================================================================
+ * Instructions of NVIDIA's that C++ has no word for, thinly wrapped, and what launches the kernels that use them. */
+
+namespace ptx {
+
+__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
+
+// The next kernel of the stream may start. It waits before it touches what this one reads or writes.
+// Code for older GPUs is not launched early.
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_prior_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// This thread copies 16 bytes to shared memory, or zeros.
+__device__ __forceinline__ void copy16(void *to, const void *from, bool valid = true) {
+    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
+                 "r"(valid ? 16 : 0)
+                 : "memory");
+}
+
+// Ends a group of this thread's copies, which may be empty.
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Until at most kPending groups of this thread's copies are under way. What other threads copied is there after a
+// barrier that follows.
+template <int kPending> __device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// Barriers in shared memory, by address or by pointer.
+__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void barrier_init(uint64_t *bar, int arrivals) { barrier_init(shared_address(bar), arrivals); }
+
+// Ordinary writes to shared memory, of barriers too, are seen by copies and warpgroup products that come after.
+__device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// After the barriers are initialized: makes them visible to the copy engine, and to the cluster.
+__device__ __forceinline__ void barrier_init_fence() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    fence_async();
+}
+
+__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t *bar, int bytes) { barrier_expect(shared_address(bar), bytes); }
+
+__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t *bar) { barrier_arrive(shared_address(bar)); }
+
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+    asm volatile("{.reg .pred done;\n"
+                 "AGAIN_%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
+                 "@done bra DONE_%=;\n"
+                 "bra AGAIN_%=;\n"
+                 "DONE_%=:}" ::"r"(barrier),
+                 "r"(parity)
+                 : "memory");
+}
+// The same as a loop of C++, which keeps the compiler from unrolling a loop around it.
+__device__ __forceinline__ void barrier_wait(uint64_t *bar, int parity) {
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile("{\n.reg .pred p;\n"
+                     "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
+                     "selp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done)
+                     : "r"(shared_address(bar)), "r"(parity)
+                     : "memory");
+    }
+}
+
+// Copies bytes (a multiple of 16) to shared memory; the barrier counts them.
+__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier)
+                 : "memory");
+}
+
+// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
+__device__ __forceinline__ void bulk_multicast(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
+                                               uint32_t blocks) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
+                 "[%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)blocks)
+                 : "memory");
+}
+
+__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
+                 "[%4];" ::"r"(to),
+                 "l"(map), "r"(k), "r"(m), "r"(barrier)
+                 : "memory");
+}
+
+// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
+__device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
+                                                 uint32_t blocks) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
+                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"((uint16_t)blocks)
+                 : "memory");
+}
+
+// At the barrier in the same place of another block of the cluster.
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
+                 "r"(rank)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t r;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+    return r;
+}
+
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t n;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
+    return n;
+}
+
+// Of all threads of the cluster that have not returned.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+__device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank) {
+    float2 v;
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;\n"
+                 "ld.shared::cluster.v2.f32 {%0, %1}, [remote];}"
+                 : "=f"(v.x), "=f"(v.y)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float2 load_shared2(uint32_t address) {
+    float2 v;
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_shared2(uint32_t address, const float2 &v) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+// Brings bytes (a multiple of 16, from an address that is one) to the second-level cache.
+__device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Four 8 x 8 matrices of f16: lane l gives the address of row l % 8 of matrix l / 8.
+__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// d[16, 8] += a[16, 16] b[16, 8]
+__device__ __forceinline__ void mma(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending> __device__ __forceinline__ void wgmma_wait() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+
+// On the host:
+
+template <class... Args>
+cudaError_t launch(cudaStream_t stream, void (*kernel)(Args...), dim3 grid, int threads, int shared, int cluster,
+                   bool pdl, Args... args) {
+    cudaLaunchAttribute attribute[2] = {};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = grid, config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = attribute;
+    if (cluster > 1) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attribute[config.numAttrs].val.clusterDim.x = cluster;
+        attribute[config.numAttrs].val.clusterDim.y = attribute[config.numAttrs].val.clusterDim.z = 1;
+        ++config.numAttrs;
+    }
+    if (pdl) {
+        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attribute[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
+        ++config.numAttrs;
+    }
+    return cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// A tensor of D dimensions, size[0] the innermost, the others pitch[] bytes apart, read in boxes of 128 bytes by box[1]
+// by ..., that land with the 128-byte swizzle: 16-byte unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside the
+// tensor: zeros.
+template <int D>
+cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, const int64_t (&size)[D],
+                       const int64_t (&pitch)[D - 1], const int (&box)[D]) {
+    static const auto encode = [] { // the runtime library has no such call; the driver's never changes
+        void *entry = nullptr;
+        cudaDriverEntryPointQueryResult found;
+        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) !=
+            cudaSuccess)
+            entry = nullptr;
+        return (decltype(&cuTensorMapEncodeTiled))entry;
+    }();
+    if (!encode) return cudaErrorNotSupported;
+    cuuint64_t sizes[D], pitches[D - 1];
+    cuuint32_t boxes[D], steps[D];
+    for (int i = 0; i < D; i++) sizes[i] = (cuuint64_t)size[i], boxes[i] = (cuuint32_t)box[i], steps[i] = 1;
+    for (int i = 0; i < D - 1; i++) pitches[i] = (cuuint64_t)pitch[i];
+    const CUresult r = encode(
+        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, D, (void *)base,
+        sizes, pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+}
+// A row-major matrix [rows, cols], rows pitch bytes apart.
+cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
+                       int box_rows) {
+    return tensor_map<2>(map, element_bytes, base, {cols, rows}, {pitch}, {128 / element_bytes, box_rows});
+}
+
+} // namespace ptx
+
 /* ==== [TILE4] ====================================================================================================
  * linear with 4-bit and with f16 weights, once in Hopper's own instructions and once in those that every GPU has from
  * sm_80 on. Code for other architectures has these kernels empty, and is never asked for them (code_of). */
@@ -934,6 +1185,8 @@ __global__ void feed_kernel(Feeds f) {
 #endif
 
 namespace tile4 {
+
+using namespace ptx;
 
 // y = x W^T on NVIDIA GPUs from sm_80 on, W in 4 bits (NF4, FP4) or f16, x in f16, sums in f32.
 //
@@ -1086,180 +1339,7 @@ cudaError_t tile4_unpack(cudaStream_t stream, const void *units, int blocksize, 
     return cudaGetLastError();
 }
 
-// ---- PTX ------------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-// The next kernel of the stream may start. It waits before it touches what this one reads or writes.
-// Code for older GPUs is not launched early.
-__device__ __forceinline__ void launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ __forceinline__ void wait_for_prior_kernel() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-// This thread copies 16 bytes to shared memory, or zeros.
-__device__ __forceinline__ void copy16(void *to, const void *from, bool valid = true) {
-    asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from),
-                 "r"(valid ? 16 : 0)
-                 : "memory");
-}
-
-// Ends a group of this thread's copies, which may be empty.
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-
-// Until at most kPending groups of this thread's copies are under way. What other threads copied is there after a
-// barrier that follows.
-template <int kPending> __device__ __forceinline__ void wait_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
-}
-
-// After the barriers are initialized: makes them visible to the copy engine, and to the cluster.
-__device__ __forceinline__ void barrier_init_fence_block() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_init_fence() {
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    barrier_init_fence_block();
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-    asm volatile("{.reg .pred done;\n"
-                 "AGAIN_%=: mbarrier.try_wait.parity.shared.b64 done, [%0], %1;\n"
-                 "@done bra DONE_%=;\n"
-                 "bra AGAIN_%=;\n"
-                 "DONE_%=:}" ::"r"(barrier),
-                 "r"(parity)
-                 : "memory");
-}
-
-// Copies bytes (a multiple of 16) to shared memory; the barrier counts them.
-__device__ __forceinline__ void bulk_copy(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-
-// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
-__device__ __forceinline__ void bulk_multicast(uint32_t to, const void *from, uint32_t bytes, uint32_t barrier,
-                                               uint32_t blocks) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1], %2, "
-                 "[%3], %4;" ::"r"(to),
-                 "l"(from), "r"(bytes), "r"(barrier), "h"((uint16_t)blocks)
-                 : "memory");
-}
-
-__device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
-                 "[%4];" ::"r"(to),
-                 "l"(map), "r"(k), "r"(m), "r"(barrier)
-                 : "memory");
-}
-
-// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
-__device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
-                                                 uint32_t blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"((uint16_t)blocks)
-                 : "memory");
-}
-
-// At the barrier in the same place of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t r;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
-
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t n;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(n));
-    return n;
-}
-
-// Of all threads of the cluster that have not returned.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-
-__device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank) {
-    float2 v;
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;\n"
-                 "ld.shared::cluster.v2.f32 {%0, %1}, [remote];}"
-                 : "=f"(v.x), "=f"(v.y)
-                 : "r"(address), "r"(rank)
-                 : "memory");
-    return v;
-}
-
-__device__ __forceinline__ float2 load_shared2(uint32_t address) {
-    float2 v;
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint4 load_shared4(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-__device__ __forceinline__ void store_shared2(uint32_t address, const float2 &v) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
-}
-
-// Brings bytes (a multiple of 16, from an address that is one) to the second-level cache.
-__device__ __forceinline__ void prefetch_bulk(const void *from, uint32_t bytes) {
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
-}
-
-// Four 8 x 8 matrices of f16: lane l gives the address of row l % 8 of matrix l / 8.
-__device__ __forceinline__ void load_matrices(uint32_t *r, uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(address)
-                 : "memory");
-}
-
-// d[16, 8] += a[16, 16] b[16, 8]
-__device__ __forceinline__ void mma(float *d, const uint32_t *a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-}
-
-__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int kPending> __device__ __forceinline__ void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-}
+// ---- wgmma ----------------------------------------------------------------------------------------------------------
 
 // d[64, kN] = (add ? d : 0) + a[64, 16] b[16, kN], a in registers, b in shared memory.
 template <int kN> __device__ void wgmma(float (&d)[kN / 2], const uint32_t *a, uint64_t b, int add);
@@ -1665,7 +1745,7 @@ template <int kUnits, int kGroups> struct Ring {
 #ifdef BNB__HOPPER
         if (lane == 0) {
             for (int i = 0; i < kStages; ++i) barrier_init(full + i * 8, 1);
-            barrier_init_fence_block();
+            fence_async();
         }
         __syncwarp();
 #endif
@@ -2722,47 +2802,6 @@ cudaError_t linear4_init(int device, int max_shared, bool hopper) {
     return err;
 }
 
-template <class... Args>
-cudaError_t launch(cudaStream_t stream, void (*kernel)(Args...), int blocks, int threads, int shared, int cluster,
-                   bool pdl, Args... args) {
-    cudaLaunchAttribute attribute[2] = {};
-    cudaLaunchConfig_t config = {};
-    config.gridDim = dim3(blocks), config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = attribute;
-    if (cluster > 1) {
-        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attribute[config.numAttrs].val.clusterDim.x = cluster;
-        attribute[config.numAttrs].val.clusterDim.y = attribute[config.numAttrs].val.clusterDim.z = 1;
-        ++config.numAttrs;
-    }
-    if (pdl) {
-        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-        ++config.numAttrs;
-    }
-    return cudaLaunchKernelEx(&config, kernel, args...);
-}
-
-// An f16 matrix [rows][columns] as boxes of 64 columns by box_rows rows, in the order that wgmma reads.
-cudaError_t make_map(CUtensorMap *map, const void *matrix, int rows, int columns, long pitch, int box_rows) {
-    static const auto encode = [] { // the runtime library has no such call; the driver's never changes
-        void *entry = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        if (cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found) !=
-            cudaSuccess)
-            entry = nullptr;
-        return (decltype(&cuTensorMapEncodeTiled))entry;
-    }();
-    if (!encode) return cudaErrorNotSupported;
-    const cuuint64_t size[2] = {(cuuint64_t)columns, (cuuint64_t)rows}, pitch_bytes[1] = {(cuuint64_t)pitch * 2};
-    const cuuint32_t box[2] = {kGroup, (cuuint32_t)box_rows}, step[2] = {1, 1};
-    const CUresult result =
-        encode(map, CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2, (void *)matrix, size, pitch_bytes, box, step,
-               CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-               CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-
 struct BandGrid {
     int bands, blocks, shared;
 };
@@ -2794,7 +2833,7 @@ cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &
 // cluster: blocks that split K.
 cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
     CUtensorMap x_map;
-    const cudaError_t err = make_map(&x_map, a.x, a.M, a.K, a.ldx, k.n / k.share);
+    const cudaError_t err = tensor_map(&x_map, 2, a.x, a.K, a.M, a.ldx * 2, k.n / k.share);
     if (err != cudaSuccess) return err;
     const int n_blocks = total_blocks(a), size = cluster * k.share; // one of them is 1
     const int tiles = ceil_div(n_blocks, k.rows * k.share) * ceil_div(a.M, k.n);
@@ -2903,7 +2942,7 @@ cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
         return launch(stream, linear16_mma, std::min(a.n_sm, ceil_div(a.N, kUnitRows)), Mma16::kThreads,
                       Mma16::shared_bytes(a.M, a.K), 1, pdl, a);
     CUtensorMap w_map;
-    const cudaError_t err = make_map(&w_map, a.w, a.N, a.K, a.K, Small16::kRows);
+    const cudaError_t err = tensor_map(&w_map, 2, a.w, a.K, a.N, a.K * 2L, Small16::kRows);
     if (err != cudaSuccess) return err;
     const int stages = Small16::stages(a.M, a.K);
     const int shared = stages * Small16::kStageBytes + Small16::kTail + Small16::x_bytes(a.M, a.K);
@@ -2918,50 +2957,8 @@ cudaError_t linear16(cudaStream_t stream, const Linear16 &a, bool pdl) {
 
 namespace tile8 {
 
-/* Hopper's own instructions, thinly wrapped: barriers in shared memory, the tensor copy engine, warpgroup products.
- * Shared by the int8 product and by attention. */
+using namespace ptx;
 
-__device__ inline uint32_t shared_address(const void *p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-/* Programmatic dependent launch: both do nothing in a launch without the attribute. */
-__device__ inline void grid_launch_dependents() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ inline void grid_wait() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-__device__ inline void barrier_init(uint64_t *bar, int arrivals) {
-    asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(arrivals) : "memory");
-}
-__device__ inline void
-barrier_init_done() { /* by the thread that initialized, before the others use or copies arrive */
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ inline void barrier_expect(uint64_t *bar, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes) : "memory");
-}
-__device__ inline void barrier_arrive(uint64_t *bar) {
-    asm volatile("mbarrier.arrive.shared.b64 _, [%0];" ::"r"(shared_address(bar)) : "memory");
-}
-__device__ inline void barrier_wait(uint64_t *bar, int parity) {
-    uint32_t done = 0;
-    while (!done) {
-        asm volatile("{\n.reg .pred p;\n"
-                     "mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n"
-                     "selp.u32 %0, 1, 0, p;\n}"
-                     : "=r"(done)
-                     : "r"(shared_address(bar)), "r"(parity)
-                     : "memory");
-    }
-}
-/* Ordinary writes to shared memory are seen by copies and warpgroup products that come after. */
-__device__ inline void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
@@ -2969,11 +2966,6 @@ __device__ inline void named_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-__device__ inline int cluster_rank() {
-    int r;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
-    return r;
-}
 /* By whole warps; those that have left do not count. */
 __device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -2995,21 +2987,7 @@ int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount);
 template <class P>
 cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, int cluster, bool pdl,
                    cudaStream_t stream) {
-    cudaLaunchAttribute attribute[2];
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads), config.dynamicSmemBytes = shared, config.stream = stream;
-    config.attrs = attribute;
-    if (cluster > 1) {
-        attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attribute[config.numAttrs].val.clusterDim = {(unsigned)cluster, 1, 1};
-        config.numAttrs++;
-    }
-    if (pdl) {
-        attribute[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-        attribute[config.numAttrs].val.programmaticStreamSerializationAllowed = 1;
-        config.numAttrs++;
-    }
-    return cudaLaunchKernelEx(&config, kernel, params);
+    return ptx::launch(stream, kernel, grid, threads, (int)shared, cluster, pdl, params);
 }
 
 /* The box at column x, row y of the map's matrix -> shared memory. */
@@ -3019,34 +2997,6 @@ __device__ inline void tensor_load(void *dst, const CUtensorMap *map, int x, int
             shared_address(dst)),
         "l"(map), "r"(x), "r"(y), "r"(shared_address(bar))
         : "memory");
-}
-
-/* A tensor of D dimensions, size[0] the innermost, the others pitch[] bytes apart, read in boxes of 128 bytes by box[1]
- * by ..., that land with the 128-byte swizzle: 16-byte unit c of row r lies at r * 128 + ((c ^ r) & 7) * 16. Outside
- * the tensor: zeros. */
-template <int D>
-cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, const int64_t (&size)[D],
-                       const int64_t (&pitch)[D - 1], const int (&box)[D]) {
-    void *entry = nullptr;
-    cudaDriverEntryPointQueryResult found;
-    const cudaError_t e =
-        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found);
-    if (e != cudaSuccess) return e;
-    if (found != cudaDriverEntryPointSuccess) return cudaErrorNotSupported;
-    cuuint64_t sizes[D], pitches[D - 1];
-    cuuint32_t boxes[D], steps[D];
-    for (int i = 0; i < D; i++) sizes[i] = (cuuint64_t)size[i], boxes[i] = (cuuint32_t)box[i], steps[i] = 1;
-    for (int i = 0; i < D - 1; i++) pitches[i] = (cuuint64_t)pitch[i];
-    const CUresult r = ((decltype(&cuTensorMapEncodeTiled))entry)(
-        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, D, (void *)base,
-        sizes, pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-        CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
-}
-/* A row-major matrix [rows, cols], rows pitch bytes apart. */
-cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
-                       int box_rows) {
-    return tensor_map<2>(map, element_bytes, base, {cols, rows}, {pitch}, {128 / element_bytes, box_rows});
 }
 
 /* 8 numbers as f16 at each of N offsets from f32 or f16 numbers. One branch for all N: the loads are in flight
@@ -3108,8 +3058,6 @@ __device__ inline void copy_async(void *to, const void *from, int bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(bytes)
                  : "memory");
 }
-__device__ inline void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ inline void copy_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 /* Four matrices of 8 rows of 16 bytes: lane l gives the address of row l % 8 of matrix l / 8, and gets from each the
  * l % 4-th 4 bytes of row l / 4. For f16 also transposed: lane l gets column l / 4 of rows 2 (l % 4) and the next. */
@@ -3140,12 +3088,6 @@ __device__ inline uint64_t descriptor(const void *p, int atoms) {
     return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(atoms >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
            (uint64_t)1 << 62;
 }
-__device__ inline void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ inline void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-template <int N> __device__ inline void wgmma_wait() {
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
-}
-
 #define BNB__REGS_8  "{%0, %1, %2, %3, %4, %5, %6, %7}"
 #define BNB__REGS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
 #define BNB__REGS_32                                                                                                   \
@@ -3427,10 +3369,10 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
             absmax = fmaxf(absmax, top);
         }
     };
-    grid_launch_dependents();
+    launch_dependents();
     if (tid < few8) few[tid] = -1;
     if (tid == 0) n_outliers = 0;
-    grid_wait();
+    wait_for_prior_kernel();
     for (int k = tid * 8; k < K; k += ahead * step) load(k);
     absmax = block_max8(absmax, maxima);
     const float scale = quant_scale8(absmax);
@@ -3520,10 +3462,10 @@ __global__ void __launch_bounds__(1024) linear8_columns(const __grid_constant__ 
     uint32_t *const mask = (uint32_t *)shared; /* [n_words] */
     __shared__ int count;
     const int tid = threadIdx.x, n_words = p.s.Kp / 32;
-    grid_launch_dependents();
+    launch_dependents();
     for (int i = tid; i < n_words; i += 1024) mask[i] = 0;
     __syncthreads();
-    grid_wait();
+    wait_for_prior_kernel();
     merge_few8(p.l, p.s, mask, tid, 1024);
     __syncthreads();
     if (tid < 32) {
@@ -3733,9 +3675,9 @@ struct Skinny8 {
 
 /* The oldest of `stages` groups of copies has arrived. */
 __device__ inline void skinny8_wait(int stages) {
-    if (stages == 4) copy_wait<3>();
-    else if (stages == 3) copy_wait<2>();
-    else copy_wait<1>();
+    if (stages == 4) wait_copies<3>();
+    else if (stages == 3) wait_copies<2>();
+    else wait_copies<1>();
     __syncwarp();
 }
 
@@ -3764,7 +3706,7 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
                             (load_panel - p.first[part]) * skinny8_rows, bars + stage);
             }
         } else {
-            if (load_panel >= n_panels) return copy_commit(); /* groups are counted, also empty ones */
+            if (load_panel >= n_panels) return commit_copies(); /* groups are counted, also empty ones */
             const int part = (load_panel >= p.first[1]) + (load_panel >= p.first[2]);
             const int c = lane % 8, k = load_chunk * linear8_chunk + c * 16;
             const int8_t *const w = (const int8_t *)l.part[part].w;
@@ -3775,7 +3717,7 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
                 copy_async(ring + stage * skinny8_tile + r * linear8_chunk + ((c ^ r) & 7) * 16,
                            inside ? w + (size_t)n * l.K + k : w, inside ? 16 : 0);
             }
-            copy_commit();
+            commit_copies();
         }
         load_chunk += skinny8_warps;
         if (load_chunk >= p.chunks) load_chunk = warp, load_panel += gridDim.x;
@@ -3783,15 +3725,15 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
     if constexpr (ENGINE) {
         if (lane == 0) {
             for (int i = 0; i < p.stages; i++) barrier_init(bars + i, 1);
-            barrier_init_done();
+            barrier_init_fence();
         }
         __syncwarp();
     }
     for (int i = 0; i < p.stages; i++) load(i); /* weights do not depend on the launch before */
     for (int i = tid; i < n_words; i += skinny8_threads) mask[i] = 0;
     __syncthreads();
-    grid_launch_dependents();
-    grid_wait();
+    launch_dependents();
+    wait_for_prior_kernel();
 
     bool any = false;
     if (p.quantize) {
@@ -4064,10 +4006,10 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     if (tid == 0) {
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
         barrier_init(side_full, gemm8_side), barrier_init(side_empty, 8);
-        barrier_init_done();
+        barrier_init_fence();
     }
     __syncthreads();
-    grid_launch_dependents();
+    launch_dependents();
 
     if (tid < 128) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::side_regs));
@@ -4081,7 +4023,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             /* Weights do not depend on the launch before: the first ring of them is asked for at once. */
             const int early = min(S::stages, nc);
             for (int c = 0; c < early; c++) barrier_expect(full + c, S::stage_bytes), load_w(tile0, c, c);
-            grid_wait();
+            wait_for_prior_kernel();
             int stage = 0, parity = 0, left = early;
             for (int tile = tile0; tile < n_tiles; tile += tile_step)
                 for (int c = 0; c < nc; c++) {
@@ -4111,7 +4053,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             };
             prefetch(tile0); /* the cache is coherent: it may come before what writes it */
             named_barrier(1, gemm8_side);
-            grid_wait();
+            wait_for_prior_kernel();
             int count = p.listed == 1 ? p.s.count[0] : 0, k[4] = {};
             if (p.listed == 2) {
                 merge_few8(l, p.s, mask, i0, gemm8_side);
@@ -4176,7 +4118,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         for (int i = 0; i < 2; i++)
             w[i] = four8((const int8_t *)l.part[part].w + (size_t)min(own.n[i], l.part[part].N - 1) * l.K, k);
     };
-    grid_wait();
+    wait_for_prior_kernel();
     for (int tile = tile0; tile < n_tiles; tile += tile_step, side_parity ^= 1) {
         const int part = part_of(tile), m0 = tile % p.m_tiles * BX, from = m0 + 8 * j0, to = min(m0 + 8 * j1, l.M);
         const Lane8 own = lane8(l, part, column_of(tile, part) + 16 * warp);
@@ -4368,15 +4310,15 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
                 copy_async(to + r * linear8_chunk + ((tid ^ r) & 7) * 16, inside ? from : w, inside ? 16 : 0);
             }
         }
-        copy_commit();
+        commit_copies();
     };
-    grid_launch_dependents();
-    grid_wait();
+    launch_dependents();
+    wait_for_prior_kernel();
     int acc[2][groups][4] = {}; /* [16 rows of W][8 rows of x][as Lane8 says] */
     load(0);
     load(1);
     for (int c = 0; c < p.chunks; c++) {
-        copy_wait<1>();
+        wait_copies<1>();
         __syncthreads(); /* chunk c has arrived, for all, and chunk c - 1 is done with */
         load(c + 2);
         const uint8_t *const stage = shared + c % gemm8_mma_stages * S::stage_bytes;
@@ -4398,7 +4340,7 @@ __global__ void __launch_bounds__(gemm8_mma_threads) linear8_gemm_mma(const __gr
                     mma_s8(acc[h][j], a[h][0], a[h][1], a[h][2], a[h][3], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
         }
     }
-    copy_wait<0>();
+    wait_copies<0>();
 
     Lane8 own[2];
     float v[2][groups * 4];
@@ -4720,7 +4662,7 @@ __device__ __forceinline__ void decode(const Attention &a) {
     const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
     if constexpr (CLUSTER)
         if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
-    grid_wait();
+    wait_for_prior_kernel();
     const int2 span = attention_span(a, t);
     const int first = span.x, end = span.y;
     int row = a.k_new ? *a.row : -1; /* read from k_new and v_new, not from the caches, which get it here */
@@ -4835,7 +4777,7 @@ __device__ __forceinline__ void decode(const Attention &a) {
         }
         now = next_load;
     }
-    grid_launch_dependents(); /* not earlier: blocks of the next launch would take turns with these */
+    launch_dependents(); /* not earlier: blocks of the next launch would take turns with these */
 #pragma unroll
     for (int h = 0; h < G; h++) {
 #pragma unroll
@@ -4928,8 +4870,8 @@ __global__ void __launch_bounds__(split_threads) attention_join(const __grid_con
 #ifdef BNB__MMA
     const Attention &a = s.a;
     const int head = blockIdx.x, t = blockIdx.y, i = threadIdx.x;
-    grid_launch_dependents();
-    grid_wait();
+    launch_dependents();
+    wait_for_prior_kernel();
     const int2 span = attention_span(a, t);
     const int used = min(s.n, (span.y - span.x + s.rows - 1) / s.rows);
     if (used < 2 || i >= a.D) return;
@@ -5022,10 +4964,10 @@ template <int DP> __global__ void __launch_bounds__(384, 1) attention_prompt(con
     if (tid == 0) {
         for (int i = 0; i < 2 * stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
         for (int i = 0; i < queries; i++) barrier_init(q_full + i, 96), barrier_init(q_empty + i, 9);
-        barrier_init_done();
+        barrier_init_fence();
     }
-    grid_launch_dependents();
-    grid_wait();
+    launch_dependents();
+    wait_for_prior_kernel();
     int head, t0, first, end;
     /* Spans and q of the tile at t0, by `threads` threads of which this is the i-th. */
     const auto load_query = [&](int buffer, int i, int threads) {
@@ -5267,8 +5209,8 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
     const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32, g = lane / 4, t = lane % 4;
     const int tiles = gridDim.x / a.n_head, head = blockIdx.x % a.n_head;
     const int t0 = (tiles - 1 - (int)blockIdx.x / a.n_head) * S::rows; /* later rows usually see more: they begin */
-    grid_launch_dependents();
-    grid_wait();
+    launch_dependents();
+    wait_for_prior_kernel();
     attention_query<DP, S::rows>(a, head, t0, tid, S::threads,
                                  [&](int r, int c) { return (uint4 *)(shared + S::unit(r, c)); });
     /* What any and what every row of this warp sees; the lane's own rows are g + 8 i. */
@@ -5306,7 +5248,7 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
                 copy_async(stage + S::unit(r, c), inside ? cache + (r0 + r) * a.ldkv + c * 8 : cache, inside ? 16 : 0);
             }
         }
-        copy_commit();
+        commit_copies();
     };
     static_assert(tile * (DP / 8) % S::threads == 0, "a tile is copied in whole rounds");
 
@@ -5322,7 +5264,7 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
         const int r0 = first + i * tile;
         const bool seen = r0 < warp_end && r0 + tile > warp_first; /* by a row of this warp */
         uint32_t weight[MT][tile / 4]; /* f16 pairs: the left operand of the second product */
-        copy_wait<1>();
+        wait_copies<1>();
         __syncthreads(); /* this K has arrived, for all, and the V before is done with */
         load(2 * i + 2);
         if (seen) {
@@ -5380,7 +5322,7 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
                 for (int j = 0; j < DP / 8; j++) out[h / 2][j][e] *= keep, out[h / 2][j][e + 1] *= keep;
             }
         }
-        copy_wait<1>();
+        wait_copies<1>();
         __syncthreads(); /* this V has arrived, and this K is done with */
         load(2 * i + 3);
         if (seen) {
@@ -5399,7 +5341,7 @@ __global__ void __launch_bounds__(PromptMmaShape<DP>::threads)
                 }
         }
     }
-    copy_wait<0>();
+    wait_copies<0>();
 #pragma unroll
     for (int h = 0; h < 2 * MT; h++) {
         sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -5430,7 +5372,7 @@ __global__ void __launch_bounds__(256) attention_widen(const __grid_constant__ A
 #ifdef BNB__MMA
     __shared__ int2 seen[8];
     const int tid = threadIdx.x, units = a.n_head_kv * a.D / 8;
-    grid_wait();
+    wait_for_prior_kernel();
     int first = INT_MAX, end = 0;
     for (int t = tid; t < a.T; t += 256) {
         const int2 s = attention_span(a, t);
@@ -5454,7 +5396,7 @@ __global__ void __launch_bounds__(256) attention_widen(const __grid_constant__ A
         for (int j = 0; j < 4; j++) h[j] = __floats2half2_rn(x[2 * j] * scale, x[2 * j + 1] * scale);
         *(uint4 *)(wide + 8l * units * r + c) = *(const uint4 *)h;
     }
-    grid_launch_dependents();
+    launch_dependents();
 #endif
 }
 
