@@ -921,7 +921,18 @@ __global__ void feed_kernel(Feeds f) {
 
 #ifdef __CUDACC__
 /* ==== [PTX] =====================================================================================================
- * Instructions of NVIDIA's that C++ has no word for, thinly wrapped, and what launches the kernels that use them. */
+ * Instructions of NVIDIA's that C++ has no word for, thinly wrapped, and what launches the kernels that use them. Code
+ * for GPUs that lack them has those kernels empty, and is never asked for them (code_of). */
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define BNB__HOPPER
+#endif
+#if __CUDA_ARCH__ >= 800 // mma.sync, ldmatrix, cp.async
+#define BNB__MMA
+#endif
+#if defined(__CUDA_ARCH__) && !defined(BNB__HOPPER)
+#pragma nv_diag_suppress 177 // "never referenced": what empty kernels would call
+#endif
 
 namespace ptx {
 
@@ -1172,17 +1183,7 @@ cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, in
 
 /* ==== [TILE4] ====================================================================================================
  * linear with 4-bit and with f16 weights, once in Hopper's own instructions and once in those that every GPU has from
- * sm_80 on. Code for other architectures has these kernels empty, and is never asked for them (code_of). */
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define BNB__HOPPER
-#endif
-#if __CUDA_ARCH__ >= 800 // mma.sync, ldmatrix, cp.async
-#define BNB__MMA
-#endif
-#if defined(__CUDA_ARCH__) && !defined(BNB__HOPPER)
-#pragma nv_diag_suppress 177 // "never referenced": what empty kernels would call
-#endif
+ * sm_80 on. */
 
 namespace tile4 {
 
