@@ -169,7 +169,8 @@ HIP_ON_CPU_32 = -DEMU_WAVE=32
 HIP_ON_CPU_asan = -DEMU_WAVE=32 -g -fsanitize=address,undefined -fno-sanitize-recover=all
 HIP_TESTS = $(patsubst %,$(BUILD)/test/hip-%,64 32 asan)
 
-hip-on-cpu-run: hip-64-order-0 hip-64-order-1 hip-64-order-2 hip-32-order-0 hip-32-order-1 hip-32-order-2 hip-asan-order-2
+# The slowest first, so that it does not run alone in the end.
+hip-on-cpu-run: hip-asan-order-2 hip-64-order-0 hip-32-order-0 hip-64-order-1 hip-64-order-2 hip-32-order-1 hip-32-order-2
 hip-%: $(HIP_TESTS)
 	EMU_SCHED=$(lastword $(subst -, ,$*)) BNB_TEST_DEVICE=hip $(BUILD)/test/hip-$(firstword $(subst -, ,$*)) \
 	    $(if $(filter %-0,$*),,--test-case-exclude=*large*) $(TESTARGS)
