@@ -490,7 +490,8 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
         if (b.type != BNB_F16) cli::print(cli::format(" %12s %8s", "f16 us", "x f16"));
         cli::print("  kernel\n");
     }
-    void row(int64_t m, double s, const std::string &kernel, double f16, const std::string &f16_kernel) { // f16: seconds, or 0
+    // f16: seconds of the same product with weights in f16, or 0
+    void row(int64_t m, double s, const std::string &kernel, double f16, const std::string &f16_kernel) {
         const double gb_s = double(b.bytes()) / s / 1e9, gflop_s = 2 * double(m) * double(b.n * b.k) / s / 1e9;
         const double percent = 100e9 * gb_s / bandwidth;
         rows.push_back(cli::Json()
@@ -503,7 +504,8 @@ struct OpsTable { // printed row by row, or as one JSON object at the end
         if (f16 > 0)
             rows.back().add("f16_us", f16 * 1e6).add("speedup_over_f16", f16 / s).add("f16_kernel", f16_kernel);
         if (json) return;
-        cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f", static_cast<long long>(m), s * 1e6, gb_s, gflop_s, percent));
+        cli::print(cli::format("%8lld %12.2f %10.2f %10.2f %8.1f", static_cast<long long>(m), s * 1e6, gb_s, gflop_s,
+                               percent));
         if (f16 > 0) cli::print(cli::format(" %12.2f %8.2f", f16 * 1e6, f16 / s));
         cli::print("  " + kernel + (f16 > 0 ? ", f16: " + f16_kernel : "") + "\n");
     }
