@@ -3948,9 +3948,11 @@ template <int BX> struct Gemm8Shape {
     static constexpr int w_bytes = gemm8_rows * linear8_chunk, stage_bytes = w_bytes + BX * linear8_chunk;
     static constexpr int side_bytes =
         BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
-    static constexpr int room = (blocks == 1 ? shared_limit : shared_total / 2 - 1024) - 128; /* 128: barriers */
+    static constexpr int barrier_bytes = 256; /* and the number of outlier columns */
+    static constexpr int room = (blocks == 1 ? shared_limit : shared_total / 2 - 1024) - barrier_bytes;
     static constexpr int stages = (room - side_bytes) / stage_bytes;
-    static constexpr int shared = stages * stage_bytes + side_bytes + 128;
+    static constexpr int shared = stages * stage_bytes + side_bytes + barrier_bytes;
+    static_assert((2 * stages + 2) * 8 + 4 <= barrier_bytes, "room for the barriers");
     static constexpr int side_regs = 56, regs = blocks == 1 ? 224 : 88;
 };
 
