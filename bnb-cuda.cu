@@ -1030,6 +1030,11 @@ __device__ __forceinline__ void bulk_multicast(uint32_t to, const void *from, ui
                  : "memory");
 }
 
+// Its first use waits for it otherwise.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap *map) {
+    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
+}
+
 __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], "
                  "[%4];" ::"r"(to),
@@ -1388,6 +1393,21 @@ template <> __device__ __forceinline__ void wgmma<128>(float (&d)[64], const uin
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
 }
 
+template <> __device__ __forceinline__ void wgmma<208>(float (&d)[104], const uint32_t *a, uint64_t b, int add) {
+    asm volatile("{.reg .pred p; setp.ne.b32 p, %109, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n208k16.f32.f16.f16 {"
+                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20,"
+                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39,"
+                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58,"
+                 "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77,"
+                 "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96,"
+                 "%97, %98, %99, %100, %101, %102, %103},"
+                 "{%104, %105, %106, %107}, %108, p, 1, 1, 0;}"
+                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56),
+                   ACC8(64), ACC8(72), ACC8(80), ACC8(88), ACC8(96)
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
+}
+
 template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const uint32_t *a, uint64_t b, int add) {
     asm volatile("{.reg .pred p; setp.ne.b32 p, %133, 0;\n"
                  "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
@@ -1412,8 +1432,11 @@ template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const ui
 
 // Silu, and gelu in its tanh form, 0.5 v (1 + tanh(z / 2)), are v / (1 + exp(-z)): a few instructions, to 2e-6.
 __device__ __forceinline__ float gated(float v, int act) {
-    const float z = act == kActSilu ? v : 1.5957691f * (v + 0.044715f * v * v * v);
-    return __fdividef(v, 1.0f + __expf(-z));
+    float e = -1.44269504f * v, inverse; // exp2(e) = exp(-z)
+    if (act != kActSilu) e *= 1.5957691f * (1.0f + 0.044715f * v * v);
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e));
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + e));
+    return v * inverse;
 }
 __device__ __forceinline__ float smooth(float v, int act) {
     return act == kActGelu ? 0.5f * v * (1.0f + erff(v * 0.70710678f)) : gated(v, act);
@@ -2122,7 +2145,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> st
     static constexpr int kWarps = kRows * kSplit * 4;
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
-    static constexpr int kRegisters = kN == 256 ? 232 : kN == 128 && kWarps == 16 ? 112 : 0;
+    static constexpr int kRegisters = kN > 128 ? 232 : kN == 128 && kWarps == 16 ? 112 : 0;
     static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 32), kRowThreads = kRows * 128;
     static constexpr int kStepGroups = kSplit * kDeep;
     static constexpr int kStageX = kStepGroups * kN * kGroup * 2;   // f16 [kStepGroups][kN][64], 128-byte swizzle
@@ -2160,6 +2183,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
+        prefetch_map(&x_map);
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(full + i * 8, 1);
             barrier_init(empty + i * 8, S::kWarps * kShare);
@@ -2190,6 +2214,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             // Of the residual that the tile will need, what belongs to one step's share of its rows goes to the second
             // level cache. Only one weight has a residual.
             const int ahead = ceil_div(kN, step1 - step0);
+            constexpr int kEarly = min_of(2, S::kStages); // more would be in the way of x
             const bool fetches = a.residual && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
             int copies = 0, early = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
@@ -2199,7 +2224,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                 for (int r = 0; r < kRows; ++r) rows[r] = block_at(a, min(first_block(tile) + r, n_blocks - 1)).tiles;
                 if (tile == tile0) { // weights do not depend on the kernel before
 #pragma unroll 1
-                    for (; early < min(S::kStages, step1 - step0); ++early) copy_tiles(early, step0 + early);
+                    for (; early < min(kEarly, step1 - step0); ++early) copy_tiles(early, step0 + early);
                     wait_for_prior_kernel();
                 }
                 int m = m0;
@@ -2351,7 +2376,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                     return v;
                 };
                 pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4,
-                                   (S::kTogether - first + step - 1) / step, sync, sum);
+                                   (min(S::kTogether, S::kPairs - p0) - first + step - 1) / step, sync, sum);
             }
             if (own >= S::kTogether) sync(); // there is nothing for these
             sync();
@@ -2768,6 +2793,7 @@ const WgmmaKernel kWgmmaKernels[] = {
     wgmma_kernel<32, 1, 4, 2, 1, 1>(845, 1900),  wgmma_kernel<32, 2, 2, 2, 1, 1>(795, 1850),
     wgmma_kernel<64, 1, 4, 1, 1, 1>(625, 3200),  wgmma_kernel<64, 2, 2, 1, 1, 1>(565, 4100),
     wgmma_kernel<128, 1, 2, 1, 2, 1>(520, 3500), wgmma_kernel<128, 2, 2, 1, 1, 1>(750, 9000),
+    wgmma_kernel<208, 2, 1, 1, 2, 2>(550, 9600), // where tiles of 256 rows need one round more
     wgmma_kernel<256, 2, 1, 1, 2, 1>(640, 12500), wgmma_kernel<256, 2, 1, 1, 2, 2>(645, 10500),
 };
 
@@ -2888,7 +2914,7 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
             if (split > 1 && (k.share > 1 || split > steps || blocks > room)) continue;
             const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
-                            (split == 8 ? 9000 : split == 4 ? 6000 : split == 2 ? 3000 : 0);
+                            (split == 8 ? 9000 : split == 4 ? 6000 : split == 2 ? 2300 : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     return best;

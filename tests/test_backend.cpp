@@ -127,7 +127,7 @@ TEST_SUITE("backend") {
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        const int64_t shapes[][3] = {{12, 9000, 704}, {30, 9000, 704}, {60, 9000, 704}, {140, 4100, 704}, {120, 9000, 1344}, {520, 4100, 704}};
+        const int64_t shapes[][3] = {{12, 9000, 704}, {30, 9000, 704}, {60, 9000, 704}, {140, 4100, 704}, {120, 9000, 1344}, {520, 4100, 704}, {500, 6300, 704}};
         for (int32_t type : {BNB_NF4, BNB_INT8})
             for (const int64_t *s : shapes) {
                 auto build = [&](Net &net) {
