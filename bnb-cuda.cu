@@ -2214,7 +2214,6 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             // Of the residual that the tile will need, what belongs to one step's share of its rows goes to the second
             // level cache. Only one weight has a residual.
             const int ahead = ceil_div(kN, step1 - step0);
-            constexpr int kEarly = min_of(2, S::kStages); // more would be in the way of x
             const bool fetches = a.residual && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
             int copies = 0, early = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
@@ -2222,9 +2221,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                 const uint32_t line = fetches ? max(min(kRows * kBlockRows, a.part[0].N - n0), 0) / 4 * 16 : 0; // bytes
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) rows[r] = block_at(a, min(first_block(tile) + r, n_blocks - 1)).tiles;
-                if (tile == tile0) { // weights do not depend on the kernel before
+                if (tile == tile0) { // weights do not depend on the kernel before; more would be in the way of x
 #pragma unroll 1
-                    for (; early < min(kEarly, step1 - step0); ++early) copy_tiles(early, step0 + early);
+                    for (; early < min(2, step1 - step0); ++early) copy_tiles(early, step0 + early);
                     wait_for_prior_kernel();
                 }
                 int m = m0;

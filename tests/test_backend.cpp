@@ -123,11 +123,11 @@ TEST_SUITE("backend") {
         }
     }
 
-    TEST_CASE("backend: products of many tiles, large") { // shapes that choose each of a GPU's kernels for many rows
+    TEST_CASE("backend: products of many tiles, large") { // shapes that choose a GPU's kernels of each width, and that divide K
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        const int64_t shapes[][3] = {{12, 9000, 704}, {30, 9000, 704}, {60, 9000, 1344}, {140, 4100, 448}, {120, 9000, 1344}, {520, 4100, 448}, {450, 6300, 448}};
+        const int64_t shapes[][3] = {{12, 300, 3776}, {12, 9000, 704}, {30, 9000, 704}, {60, 9000, 1344}, {250, 2100, 448}, {140, 4100, 448}, {120, 9000, 1344}, {520, 4100, 448}, {250, 8700, 448}};
         for (int32_t type : {BNB_NF4, BNB_INT8})
             for (const int64_t *s : shapes) {
                 auto build = [&](Net &net) {
