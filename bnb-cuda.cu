@@ -1051,6 +1051,25 @@ __device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap 
                  : "memory");
 }
 
+// From shared memory; what lies outside the tensor is left out. add: f32 sums, by the second-level cache.
+__device__ __forceinline__ void tensor_store(const CUtensorMap *map, int n, int m, uint32_t from, bool add) {
+    if (add)
+        asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
+                     "r"(n), "r"(m), "r"(from)
+                     : "memory");
+    else
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(n),
+                     "r"(m), "r"(from)
+                     : "memory");
+}
+__device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// All of a thread's groups of stores but the last kPending have read what they store.
+template <int kPending> __device__ __forceinline__ void wait_stores() {
+    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+// What threads wrote to shared memory is there for copies of tensors.
+__device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
 // At the barrier in the same place of another block of the cluster.
 __device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
     asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
@@ -1086,6 +1105,16 @@ __device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank)
     return v;
 }
 
+__device__ __forceinline__ float4 cluster_load4(uint32_t address, uint32_t rank) {
+    float4 v;
+    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
+                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(address), "r"(rank)
+                 : "memory");
+    return v;
+}
+
 __device__ __forceinline__ float2 load_shared2(uint32_t address) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address) : "memory");
@@ -1099,8 +1128,16 @@ __device__ __forceinline__ uint4 load_shared4(uint32_t address) {
                  : "memory");
     return v;
 }
+__device__ __forceinline__ void store_shared(uint32_t address, uint32_t v) {
+    asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(v) : "memory");
+}
 __device__ __forceinline__ void store_shared2(uint32_t address, const float2 &v) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(v.x), "f"(v.y) : "memory");
+}
+
+__device__ __forceinline__ void store_shared4(uint32_t address, const float4 &v) {
+    asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+                 : "memory");
 }
 
 // Brings bytes (a multiple of 16, from an address that is one) to the second-level cache.
@@ -1129,6 +1166,125 @@ __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_grou
 template <int kPending> __device__ __forceinline__ void wgmma_wait() {
     asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
+
+// Among `threads` threads, whole warps.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// How y leaves: in boxes or not; with a residual that lies beside; or added to y, which is the residual.
+enum HowBoxes { kBoxesNone, kBoxesPlain, kBoxesBeside, kBoxesAdd };
+
+// How a warpgroup writes kRows rows of y at a time, 64 columns of each: as boxes that it puts together in shared memory,
+// f16 [kRows][64] or twice f32 [kRows][32], and that the tensor copy engine takes away while it goes on. y's map has these
+// boxes. Of every 8 rows a lane has 2 t and 2 t + 1, with columns 2 g and 2 g + 1 of its warp's 16.
+template <int kRows, int kBytes> struct Boxes {
+    static constexpr int kSlots16 = kBytes / (kRows * 128), kSlots32 = kBytes / (kRows * 256);
+    static_assert(kSlots32 > 0 && kSlots16 > 0);
+    int y_f32, barrier;
+    uint32_t base, to[2], &count;
+
+    // memory: kBytes of the warpgroup's own, 1024-byte aligned; barrier: a named one of its own; count: of its boxes so far
+    __device__ __forceinline__ Boxes(uint32_t memory, int y_f32, int barrier, uint32_t &count)
+        : y_f32(y_f32), barrier(barrier), base(memory), count(count) {
+        const int warp = threadIdx.x / 32 % 4, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int r = 2 * t + i, half = y_f32 ? warp / 2 * (kRows * 128) : 0;
+            const int piece = y_f32 ? warp % 2 * 4 + g / 2 : warp * 2 + g / 4, rest = y_f32 ? g % 2 * 8 : g % 4 * 4;
+            to[i] = base + half + r * 128 + ((piece ^ r) << 4) + rest;
+        }
+    }
+    static __device__ __forceinline__ bool elected() { return threadIdx.x % 128 == 0; }
+    static __device__ __forceinline__ void drain() { // everything was taken away
+        if (elected()) wait_stores<0>();
+    }
+    // v: rows 8 (p / 2) + 2 t + p % 2, from row m and column n on; those that y has not are left out. exists: n is y's.
+    __device__ __forceinline__ void write(const CUtensorMap *map, int n, int m, bool exists, bool add,
+                                          const float2 (&v)[kRows / 4]) {
+        if (elected()) {
+            if (y_f32) wait_stores<kSlots32 - 1>();
+            else wait_stores<kSlots16 - 1>();
+        }
+        named_barrier(barrier, 128);
+        const uint32_t slot = count++ % (y_f32 ? kSlots32 : kSlots16) * (kRows * (y_f32 ? 256 : 128));
+        if (y_f32) {
+#pragma unroll
+            for (int p = 0; p < kRows / 4; ++p) store_shared2(to[p % 2] + slot + p / 2 * 1024, v[p]);
+        } else {
+#pragma unroll
+            for (int p = 0; p < kRows / 4; ++p) {
+                const __half2 h = __floats2half2_rn(v[p].x, v[p].y);
+                store_shared(to[p % 2] + slot + p / 2 * 1024, *(const uint32_t *)&h);
+            }
+        }
+        fence_for_copies();
+        named_barrier(barrier, 128);
+        if (elected() && exists) {
+            tensor_store(map, n, m, base + slot, add);
+            if (y_f32) tensor_store(map, n + 32, m, base + slot + kRows * 128, add);
+        }
+        if (elected()) commit_stores();
+    }
+};
+
+// The registers of a warpgroup's sums, 0 .. R - 1: their numbers, and the operands that they are.
+#define BNB__REGS_0_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define BNB__REGS_8_16 "%8, %9, %10, %11, %12, %13, %14, %15"
+#define BNB__REGS_16_32 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BNB__REGS_32_40 "%32, %33, %34, %35, %36, %37, %38, %39"
+#define BNB__REGS_40_48 "%40, %41, %42, %43, %44, %45, %46, %47"
+#define BNB__REGS_48_64 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BNB__REGS_64_80 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define BNB__REGS_80_88 "%80, %81, %82, %83, %84, %85, %86, %87"
+#define BNB__REGS_88_96 "%88, %89, %90, %91, %92, %93, %94, %95"
+#define BNB__REGS_96_104 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define BNB__REGS_104_112 "%104, %105, %106, %107, %108, %109, %110, %111"
+#define BNB__REGS_112_128 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define BNB__REGS_8 BNB__REGS_0_8
+#define BNB__REGS_16 BNB__REGS_8 ", " BNB__REGS_8_16
+#define BNB__REGS_32 BNB__REGS_16 ", " BNB__REGS_16_32
+#define BNB__REGS_40 BNB__REGS_32 ", " BNB__REGS_32_40
+#define BNB__REGS_48 BNB__REGS_40 ", " BNB__REGS_40_48
+#define BNB__REGS_64 BNB__REGS_48 ", " BNB__REGS_48_64
+#define BNB__REGS_80 BNB__REGS_64 ", " BNB__REGS_64_80
+#define BNB__REGS_88 BNB__REGS_80 ", " BNB__REGS_80_88
+#define BNB__REGS_96 BNB__REGS_88 ", " BNB__REGS_88_96
+#define BNB__REGS_104 BNB__REGS_96 ", " BNB__REGS_96_104
+#define BNB__REGS_112 BNB__REGS_104 ", " BNB__REGS_104_112
+#define BNB__REGS_128 BNB__REGS_112 ", " BNB__REGS_112_128
+#define BNB__OUT_4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define BNB__OUT_8(c, d, i) BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4)
+#define BNB__OUT_16(c, d, i) BNB__OUT_8(c, d, i), BNB__OUT_8(c, d, i + 8)
+#define BNB__OUT_32(c, d, i) BNB__OUT_16(c, d, i), BNB__OUT_16(c, d, i + 16)
+#define BNB__OUT_40(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_8(c, d, i + 32)
+#define BNB__OUT_48(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_16(c, d, i + 32)
+#define BNB__OUT_64(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_32(c, d, i + 32)
+#define BNB__OUT_80(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_16(c, d, i + 64)
+#define BNB__OUT_88(c, d, i) BNB__OUT_80(c, d, i), BNB__OUT_8(c, d, i + 80)
+#define BNB__OUT_96(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_32(c, d, i + 64)
+#define BNB__OUT_104(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_8(c, d, i + 96)
+#define BNB__OUT_112(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_16(c, d, i + 96)
+#define BNB__OUT_128(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_64(c, d, i + 64)
+
+// NAME(d, a, b, more): d [64, N] f32 += a [64, 16] f16 in registers * b [N, 16]^T, or where T is 1 b [16, N], f16 in shared
+// memory; more = 0 starts from zero.
+#define BNB__WGMMA_RS(NAME, T, N, R, A0, A1, A2, A3, B, P)                                                             \
+    __device__ __forceinline__ void NAME(float (&d)[R], const uint32_t *a, uint64_t b, int more) {                     \
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" BNB__REGS_##R                          \
+                     "}, {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, " #T ";\n}"                       \
+                     : BNB__OUT_##R("+f", d, 0)                                                                        \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));                                 \
+    }
+BNB__WGMMA_RS(wgmma, 0, 16, 8, 8, 9, 10, 11, 12, 13)
+BNB__WGMMA_RS(wgmma, 0, 32, 16, 16, 17, 18, 19, 20, 21)
+BNB__WGMMA_RS(wgmma, 0, 64, 32, 32, 33, 34, 35, 36, 37)
+BNB__WGMMA_RS(wgmma, 0, 128, 64, 64, 65, 66, 67, 68, 69)
+BNB__WGMMA_RS(wgmma, 0, 96, 48, 48, 49, 50, 51, 52, 53)
+BNB__WGMMA_RS(wgmma, 0, 176, 88, 88, 89, 90, 91, 92, 93)
+BNB__WGMMA_RS(wgmma, 0, 208, 104, 104, 105, 106, 107, 108, 109)
+BNB__WGMMA_RS(wgmma, 0, 256, 128, 128, 129, 130, 131, 132, 133)
 
 // On the host:
 
@@ -1173,8 +1329,11 @@ cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, co
     for (int i = 0; i < D; i++) sizes[i] = (cuuint64_t)size[i], boxes[i] = (cuuint32_t)box[i], steps[i] = 1;
     for (int i = 0; i < D - 1; i++) pitches[i] = (cuuint64_t)pitch[i];
     const CUresult r = encode(
-        map, element_bytes == 1 ? CU_TENSOR_MAP_DATA_TYPE_UINT8 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, D, (void *)base,
-        sizes, pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+        map,
+        element_bytes == 1   ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+        : element_bytes == 2 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                             : CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        D, (void *)base, sizes, pitches, boxes, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
         CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
     return r == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
@@ -1182,6 +1341,21 @@ cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, co
 cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, int64_t cols, int64_t rows, int64_t pitch,
                        int box_rows) {
     return tensor_map<2>(map, element_bytes, base, {cols, rows}, {pitch}, {128 / element_bytes, box_rows});
+}
+
+// The maps of y's parts for boxes of box_rows rows, where y's place allows them; a: a call of linear.
+template <class Call> cudaError_t box_maps(const Call &a, int box_rows, CUtensorMap (&y)[3], HowBoxes *how) {
+    const int size = a.y_f32 ? 4 : 2;
+    *how = !a.residual                                                                     ? kBoxesPlain
+           : a.y_f32 && a.residual == a.part[0].y && a.ldr == a.part[0].ldy                ? kBoxesAdd
+           : ((uintptr_t)a.residual & 7) == 0 && a.ldr % 2 == 0 && a.part[0].N % 2 == 0 ? kBoxesBeside
+                                                                                          : kBoxesNone;
+    for (int i = 0; i < a.n_parts; ++i)
+        if (((uintptr_t)a.part[i].y & 15) || a.part[i].ldy * size % 16) *how = kBoxesNone;
+    cudaError_t err = cudaSuccess;
+    for (int i = 0; i < a.n_parts && err == cudaSuccess && *how != kBoxesNone; ++i)
+        err = tensor_map(&y[i], size, a.part[i].y, a.part[i].N, a.M, a.part[i].ldy * size, box_rows);
+    return err;
 }
 
 } // namespace ptx
@@ -1345,89 +1519,6 @@ cudaError_t tile4_unpack(cudaStream_t stream, const void *units, int blocksize, 
     return cudaGetLastError();
 }
 
-// ---- wgmma ----------------------------------------------------------------------------------------------------------
-
-// d[64, kN] = (add ? d : 0) + a[64, 16] b[16, kN], a in registers, b in shared memory.
-template <int kN> __device__ void wgmma(float (&d)[kN / 2], const uint32_t *a, uint64_t b, int add);
-
-#define ACC4(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3])
-#define ACC8(i) ACC4(i), ACC4(i + 4)
-
-template <> __device__ __forceinline__ void wgmma<16>(float (&d)[8], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %13, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n16k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7},"
-                 "{%8, %9, %10, %11}, %12, p, 1, 1, 0;}"
-                 : ACC8(0)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-template <> __device__ __forceinline__ void wgmma<32>(float (&d)[16], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %21, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n32k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15},"
-                 "{%16, %17, %18, %19}, %20, p, 1, 1, 0;}"
-                 : ACC8(0), ACC8(8)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-template <> __device__ __forceinline__ void wgmma<64>(float (&d)[32], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %37, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31},"
-                 "{%32, %33, %34, %35}, %36, p, 1, 1, 0;}"
-                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-template <> __device__ __forceinline__ void wgmma<128>(float (&d)[64], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %69, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37,"
-                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55,"
-                 "%56, %57, %58, %59, %60, %61, %62, %63},"
-                 "{%64, %65, %66, %67}, %68, p, 1, 1, 0;}"
-                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-template <> __device__ __forceinline__ void wgmma<208>(float (&d)[104], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %109, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n208k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20,"
-                 "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39,"
-                 "%40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58,"
-                 "%59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77,"
-                 "%78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96,"
-                 "%97, %98, %99, %100, %101, %102, %103},"
-                 "{%104, %105, %106, %107}, %108, p, 1, 1, 0;}"
-                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56),
-                   ACC8(64), ACC8(72), ACC8(80), ACC8(88), ACC8(96)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-template <> __device__ __forceinline__ void wgmma<256>(float (&d)[128], const uint32_t *a, uint64_t b, int add) {
-    asm volatile("{.reg .pred p; setp.ne.b32 p, %133, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {"
-                 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19,"
-                 "%20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37,"
-                 "%38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55,"
-                 "%56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73,"
-                 "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91,"
-                 "%92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108,"
-                 "%109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123,"
-                 "%124, %125, %126, %127},"
-                 "{%128, %129, %130, %131}, %132, p, 1, 1, 0;}"
-                 : ACC8(0), ACC8(8), ACC8(16), ACC8(24), ACC8(32), ACC8(40), ACC8(48), ACC8(56), ACC8(64),
-                   ACC8(72), ACC8(80), ACC8(88), ACC8(96), ACC8(104), ACC8(112), ACC8(120)
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(add));
-}
-
-#undef ACC8
-#undef ACC4
-
 // ---- what the kernels share -----------------------------------------------------------------------------------------
 
 // Silu, and gelu in its tanh form, 0.5 v (1 + tanh(z / 2)), are v / (1 + exp(-z)): a few instructions, to 2e-6.
@@ -1437,6 +1528,20 @@ __device__ __forceinline__ float gated(float v, int act) {
     asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e));
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.0f + e));
     return v * inverse;
+}
+// Of two values with one reciprocal: what takes the time is the unit that makes it.
+__device__ __forceinline__ float2 gated(float2 v, int act) {
+    float2 e = make_float2(-1.44269504f * v.x, -1.44269504f * v.y);
+    if (act != kActSilu) {
+        e.x *= 1.5957691f * (1.0f + 0.044715f * v.x * v.x), e.y *= 1.5957691f * (1.0f + 0.044715f * v.y * v.y);
+    }
+    e.x = fminf(e.x, 60.0f), e.y = fminf(e.y, 60.0f); // the product of both is finite
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e.x));
+    asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(e.y));
+    e.x += 1.0f, e.y += 1.0f;
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(e.x * e.y));
+    return make_float2(v.x * (inverse * e.y), v.y * (inverse * e.x));
 }
 __device__ __forceinline__ float smooth(float v, int act) {
     return act == kActGelu ? 0.5f * v * (1.0f + erff(v * 0.70710678f)) : gated(v, act);
@@ -1701,7 +1806,7 @@ struct PairOut {
                     v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
             } else if (act != kActNone) {
 #pragma unroll
-                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(gated(v[j].x, act), gated(v[j].y, act));
+                for (int j = 0; j < kBatch; ++j) v[j] = gated(v[j], act);
             }
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x + add[j].x, v[j].y + add[j].y);
@@ -2141,31 +2246,52 @@ __global__ void __launch_bounds__(512, 1)
 // kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
 // split over the blocks of a cluster before. A step is kSplit * kDeep groups of 64 columns. kShare 2: two blocks with
 // other rows of W make a cluster and fetch x for each other.
+constexpr int divisor_to(int n, int most) { return n <= most || n % most == 0 ? min_of(n, most) : divisor_to(n, most - 1); }
+
+struct WgmmaMaps {
+    CUtensorMap x, y[3]; // y of each part
+    HowBoxes boxes;
+};
+
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
+    // With many rows of x warpgroups that split K take steps in turns, and y leaves as boxes; with few a step is of all.
+    static constexpr bool kWide = kN > 64;
+    static constexpr int kTurns = kWide ? kSplit : 1;
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
-    static constexpr int kRegisters = kN > 128 ? 232 : kN == 128 && kWarps == 16 ? 112 : 0;
+    static constexpr int kRegisters = !kWide ? 0 : kWarps == 16 ? 112 : kWarps == 8 && kN > 128 ? 232 : 0;
     static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 32), kRowThreads = kRows * 128;
-    static constexpr int kStepGroups = kSplit * kDeep;
+    static_assert(kRegisters * kWarps * 32 + 24 * 128 <= 65536 / kThreads / 8 * 8 * kThreads, "or they wait forever");
+    static constexpr int kStepGroups = kSplit / kTurns * kDeep;
     static constexpr int kStageX = kStepGroups * kN * kGroup * 2;   // f16 [kStepGroups][kN][64], 128-byte swizzle
     static constexpr int kStageW = kRows * kStepGroups * kTileBytes; // tiles [kRows][kStepGroups]
+    // Boxes have kChunk times 8 rows. Each of the warpgroups that split K finishes its share of the rows, and gets the
+    // other's sums of them through the memory of the boxes.
+    static constexpr int kMine = kN / 8 / kTurns, kChunk = divisor_to(kMine, 13);
+    static constexpr int kBoxBytes = kN * (kN == 256 ? 64 : kWide ? 128 : 256); // of a warpgroup
+    static_assert(kTurns <= 2);
     // What warps and blocks have summed of y, for those that finish it: [kTogether][kSplit][kRowThreads] pairs.
     static constexpr int kPairs = kN / 4, kPairBytes = kSplit * kRowThreads * 8;
-    static constexpr int kTogether = min_of(kPairs, 32 * 1024 / kPairBytes);
-    // Where decoding takes the most time the table has gaps, for one instruction less, and sums lie in the gaps.
-    static constexpr int kSpread = kN <= 64 ? 2 : 1, kSumBytes = kTogether * kPairBytes;
-    static_assert(kSpread == 1 || kSumBytes <= kTableBytes, "sums fit the gaps");
-    static constexpr int kFixed = kTableBytes + (kSpread == 1 ? kSumBytes : kTableBytes), kBarrierBytes = 256;
-    static constexpr int kStages = min_of(8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
-    static constexpr int kTable = kStages * kStageX, kSums = kTable + (kSpread == 1 ? kTableBytes : 128);
+    static constexpr int kTogether = min_of(kPairs, (kWide ? kWarps / 4 * kBoxBytes : kTableBytes) / kPairBytes);
+    // The table has gaps, for one instruction less, and sums lie in the gaps.
+    static constexpr int kSpread = kWide ? 1 : 2;
+    static_assert(kWide || kTogether * kPairBytes <= kTableBytes, "sums fit the gaps");
+    // Blocks that split K leave all their sums where the ring was: f32 [kWarps / 4][kN / 8][128 threads][4].
+    static constexpr int kGroupSums = kN * 256;
+    static constexpr int kSumsAt = kWide ? kTableBytes : 128; // from the table; where there are boxes, they
+    static constexpr int kFixed = kWide ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
+    static constexpr int kStages = min_of(kWide ? 12 : 8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
+    static_assert(kStages >= (kWide ? 2 + kTurns : 3));
+    static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
+    static_assert(!kWide || kWarps / 4 * kGroupSums <= kSums);
     static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
 __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>::kThreads, 1)
-    linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ CUtensorMap x_map, int n_blocks) {
+    linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ WgmmaMaps maps, int n_blocks) {
 #ifdef BNB__HOPPER
     using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
     extern __shared__ __align__(1024) char shared[];
@@ -2183,10 +2309,10 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
-        prefetch_map(&x_map);
+        prefetch_map(&maps.x);
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(full + i * 8, 1);
-            barrier_init(empty + i * 8, S::kWarps * kShare);
+            barrier_init(empty + i * 8, S::kWarps / S::kTurns * kShare);
         }
         barrier_init_fence();
     }
@@ -2198,6 +2324,11 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     uint32_t parity = 0;
     auto advance = [&] {
         if (++stage == S::kStages) stage = 0, parity ^= 1;
+    };
+    auto move = [&](int n) { // -1, 0, 1 or kTurns stages
+        stage += n;
+        if (stage >= S::kStages) stage -= S::kStages, parity ^= 1;
+        if (stage < 0) stage += S::kStages, parity ^= 1;
     };
     if (warp >= S::kWarps) { // the producer: one thread of these works
         if (S::kRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -2235,9 +2366,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                     for (int i = 0; i < S::kStepGroups; ++i) { // columns past K and rows past M arrive as zeros
                         const uint32_t to = x_stages + stage * S::kStageX + i * (kN * kGroup * 2);
                         const int k = (step * S::kStepGroups + i) * kGroup;
-                        if (kShare == 1) tensor_copy(to, &x_map, k, m0, full + stage * 8);
+                        if (kShare == 1) tensor_copy(to, &maps.x, k, m0, full + stage * 8);
                         else // a part of the rows, for all
-                            tensor_multicast(to + member * (kN / kShare * 128), &x_map, k, m0 + member * (kN / kShare),
+                            tensor_multicast(to + member * (kN / kShare * 128), &maps.x, k, m0 + member * (kN / kShare),
                                              full + stage * 8, (1 << kShare) - 1);
                     }
                     if (line > 0)
@@ -2258,11 +2389,13 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 
     // Addresses are kept, not computed in each step anew.
     uint32_t bank = lane * 4, table = shared_address(shared + S::kTable) + bank;
-    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes +
+    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + (S::kWide ? 0 : split * kDeep)) * kTileBytes +
                       row_warp % 4 * kUnitBytes + lane * 16;
     uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8, arrives = lane == 0;
     asm volatile("" : "+r"(bank), "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
     float acc[kN / 2]; // rows 2 g (+ 1) of the warp's unit, rows 8 i + 2 t (+ 1) of x
+    using YBoxes = Boxes<S::kChunk * 8, S::kBoxBytes>;
+    uint32_t box_count = 0;
     for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
         const int block = first_block(tile) + row_warp / 4;
         const bool in_range = block < n_blocks;
@@ -2273,15 +2406,20 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 
         uint4 codes[kDeep];
         float2 absmax[kDeep];
+        // Of those that take steps in turns each has every second stage, in each tile from the first or second on.
+        const int turn = S::kTurns > 1 ? split : 0, first_step = step0 + turn;
+        move(turn);
+        int use = stage; // the stage whose x is multiplied next; take() is ahead of it
         auto take = [&](int step) { // the weights of a step once they are there
             barrier_wait(full + stage * 8, parity);
 #pragma unroll
             for (int d = 0; d < kDeep; ++d) {
                 codes[d] = load_shared4(codes0 + stage * S::kStageW + d * kTileBytes);
                 absmax[d] = load_shared2(absmax0 + stage * S::kStageW + d * kTileBytes);
-                if (S::kStepGroups > 1 && step * S::kStepGroups + split * kDeep + d >= groups)
+                if (S::kStepGroups > 1 && step * S::kStepGroups + (S::kWide ? 0 : split * kDeep) + d >= groups)
                     absmax[d] = make_float2(0, 0); // past K: x is zero
             }
+            move(S::kTurns);
         };
         auto expand = [&](uint32_t(&f)[kDeep][16]) {
 #pragma unroll
@@ -2299,37 +2437,45 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         };
         auto multiply = [&](uint32_t(&f)[kDeep][16], int step) {
             // 128-byte swizzle, 8 rows of x are 1024 bytes; a k16 step is 32 bytes on
-            const uint32_t x = x_stages + stage * S::kStageX + split * (kDeep * kN * kGroup * 2);
+            const uint32_t x = x_stages + use * S::kStageX + (S::kWide ? 0 : split * (kDeep * kN * kGroup * 2));
             const uint64_t b = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4 * kDeep; ++s)
-                wgmma<kN>(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
-                          s > 0 || step > step0);
+                wgmma(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
+                          s > 0 || step > first_step);
             wgmma_commit();
         };
         // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
         // busy.
         uint32_t f[kBuffers][kDeep][16];
-        take(step0);
-        if (kBuffers == 2) expand(f[0]);
-        for (int step = step0; step < step1; step += kBuffers) {
+        constexpr int kStep = S::kTurns;
+        take(first_step); // there are as many steps as turns, at least
+        if (kBuffers == 2) {
+            expand(f[0]);
+            if (first_step + kStep < step1) take(first_step + kStep);
+        }
+        for (int step = first_step; step < step1; step += kBuffers * kStep) {
 #pragma unroll
             for (int i = 0; i < kBuffers; ++i) {
-                if (step + i >= step1) break;
+                const int now = step + i * kStep;
+                if (now >= step1) break;
                 if (kBuffers == 1) expand(f[0]);
-                const int running = stage;
-                multiply(f[i], step + i);
-                advance();
-                if (step + i + 1 < step1) {
-                    take(step + i + 1);
-                    if (kBuffers == 2) expand(f[i ^ 1]);
-                }
+                const int running = use;
+                multiply(f[i], now);
+                use += kStep;
+                if (use >= S::kStages) use -= S::kStages;
+                if (kBuffers == 2 && now + kStep < step1) expand(f[i ^ 1]);
+                if (now + (kBuffers == 2 ? 2 : 1) * kStep < step1) take(now + (kBuffers == 2 ? 2 : 1) * kStep);
                 wgmma_wait<0>();
                 __syncwarp(); // all lanes have read the stage
                 if (arrives) barrier_arrive(empty + running * 8);
                 if (kShare > 1 && arrives) barrier_arrive_at(empty + running * 8, member ^ 1);
             }
+        }
+        if (S::kTurns > 1) { // to where the next tile starts
+            const int steps = step1 - step0;
+            move(steps - (steps - turn + 1) / 2 * 2 - turn);
         }
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
@@ -2337,6 +2483,100 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         const Linear4Part &out = a.part[rows.part];
         const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
         const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale);
+        if constexpr (S::kWide)
+            if (maps.boxes != kBoxesNone) {
+                // Chunks of rows, by a loop through which the sums move: registers have no index.
+                YBoxes boxes(shared_address(shared + S::kSums) + warp / 4 * S::kBoxBytes, a.y_f32, 2 + kRows + warp / 4, box_count);
+                const int act = a.act, share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
+                const int first_group = (rank * S::kTurns + turn) * share, first_row = tile % m_tiles * kN + first_group * 8;
+                if (ranks > 1) {
+                    consumer_sync<kThreads>(); // the ring is free, as nothing more is on its way
+                    const uint32_t mine = x_stages + warp / 4 * S::kGroupSums + threadIdx.x % 128 * 16;
+#pragma unroll
+                    for (int i = 0; i < kN / 8; ++i)
+                        store_shared4(mine + i * 2048, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]});
+                    cluster_sync();
+                } else if constexpr (S::kTurns > 1) { // each gives away the other's half of the rows
+                    const uint32_t mine = boxes.base + threadIdx.x % 128 * 16;
+                    const uint32_t theirs = mine + (turn ? -kRows : kRows) * S::kBoxBytes;
+                    constexpr int kHalf = kN / 4;
+                    boxes.drain();
+                    named_barrier(boxes.barrier, 128);
+#pragma unroll
+                    for (int i = 0; i < kHalf; i += 4) {
+                        float give[4];
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            give[j] = turn ? acc[i + j] : acc[i + j + kHalf];
+                            acc[i + j] = turn ? acc[i + j + kHalf] : acc[i + j];
+                        }
+                        store_shared4(mine + i * 512, {give[0], give[1], give[2], give[3]});
+                    }
+                    named_barrier(2 + row_warp / 4, S::kTurns * 128);
+#pragma unroll
+                    for (int i = 0; i < kHalf; i += 4) {
+                        const uint4 got = load_shared4(theirs + i * 512);
+                        acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
+                        acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
+                    }
+                    named_barrier(2 + row_warp / 4, S::kTurns * 128);
+                }
+#pragma unroll 1
+                for (int c = 0; c * S::kChunk < share && first_row + c * (S::kChunk * 8) < a.M; ++c) {
+                    if (ranks > 1) {
+                        const uint32_t from = x_stages + row_warp / 4 * S::kGroupSums + threadIdx.x % 128 * 16 +
+                                              (first_group + c * S::kChunk) * 2048;
+#pragma unroll
+                        for (int i = 0; i < S::kChunk * 4; ++i) acc[i] = 0;
+#pragma unroll 1
+                        for (int k = 0; k < ranks * S::kTurns; ++k)
+#pragma unroll
+                            for (int i = 0; i < S::kChunk; ++i) {
+                                if (c * S::kChunk + i >= share) break;
+                                const float4 q = cluster_load4(
+                                    from + k % S::kTurns * (kRows * S::kGroupSums) + i * 2048, k / S::kTurns);
+                                acc[4 * i] += q.x, acc[4 * i + 1] += q.y, acc[4 * i + 2] += q.z, acc[4 * i + 3] += q.w;
+                            }
+                    }
+                    float2 v[2 * S::kChunk];
+                    const int row0 = first_row + c * (S::kChunk * 8);
+#pragma unroll
+                    for (int p = 0; p < 2 * S::kChunk; ++p)
+                        v[p] = make_float2(acc[p / 2 * 4 + p % 2] * scale.x + pair.bias.x,
+                                           acc[p / 2 * 4 + 2 + p % 2] * scale.y + pair.bias.y);
+                    if (act == kActRelu) {
+#pragma unroll
+                        for (float2 &q : v) q = make_float2(fmaxf(q.x, 0.0f), fmaxf(q.y, 0.0f));
+                    } else if (act == kActGelu) {
+#pragma unroll
+                        for (float2 &q : v) q = make_float2(activate_smooth(q.x, act), activate_smooth(q.y, act));
+                    } else if (act != kActNone) {
+#pragma unroll
+                        for (float2 &q : v) q = gated(q, act);
+                    }
+                    if (maps.boxes == kBoxesBeside && pair.n_valid > 0) {
+                        constexpr int kBatch = 8; // loads that are under way together
+#pragma unroll
+                        for (int p0 = 0; p0 < 2 * S::kChunk; p0 += kBatch) {
+                            float2 add[kBatch];
+#pragma unroll
+                            for (int p = p0; p < min_of(p0 + kBatch, 2 * S::kChunk); ++p) {
+                                const int m = row0 + p / 2 * 8 + 2 * t + p % 2;
+                                add[p - p0] = m < a.M ? *(const float2 *)(a.residual + m * a.ldr + n) : make_float2(0, 0);
+                            }
+                            asm volatile("" ::: "memory"); // nor more of them: registers are few
+#pragma unroll
+                            for (int p = p0; p < min_of(p0 + kBatch, 2 * S::kChunk); ++p)
+                                v[p].x += add[p - p0].x, v[p].y += add[p - p0].y;
+                        }
+                    }
+                    boxes.write(&maps.y[rows.part], rows.row, row0, in_range, maps.boxes == kBoxesAdd, v);
+#pragma unroll
+                    for (int i = 0; i + S::kChunk * 4 < S::kMine * 4; ++i) acc[i] = acc[i + S::kChunk * 4];
+                }
+                if (ranks > 1) cluster_sync(); // none leaves while others read its sums
+                continue;
+            }
         // They go through shared memory, which has an index at run time, and where the parts of a sum meet. The pairs
         // are dealt to the warpgroups with these rows, in all blocks; without others a lane reads what it wrote.
         // A warp's 32 pairs are 256 bytes, or with gaps twice 128.
@@ -2381,6 +2621,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             sync();
         }
     }
+    if (S::kWide) YBoxes::drain();
     if (kShare > 1) cluster_sync(); // none leaves while others write to it
 #endif
 }
@@ -2758,16 +2999,16 @@ template <int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool littl
 }
 
 struct WgmmaKernel {
-    int n, rows, groups, share; // groups: of a step
+    int n, rows, groups, turns, share; // groups: of a step
     int step_ns, tile_ns;       // what a step takes, and what a tile takes beside: fitted to measurements of an H200
-    int threads, shared;
-    void (*kernel)(Linear4, CUtensorMap, int);
+    int threads, shared, box_rows; // box_rows: of y, 0 where it does not leave as boxes
+    void (*kernel)(Linear4, WgmmaMaps, int);
 };
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
 constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns) {
     using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
-    return {kN,      kRows,   S::kStepGroups, kShare,     step_ns,
-            tile_ns, S::kThreads, S::kShared, linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
+    return {kN,      kRows,   S::kStepGroups, S::kTurns, kShare,     step_ns,
+            tile_ns, S::kThreads, S::kShared, S::kWide ? S::kChunk * 8 : 0, linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
 }
 
 struct MmaKernel {
@@ -2788,12 +3029,13 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1, 1>(715, 1800),  wgmma_kernel<16, 2, 2, 2, 1, 1>(670, 1550),
-    wgmma_kernel<32, 1, 4, 2, 1, 1>(845, 1900),  wgmma_kernel<32, 2, 2, 2, 1, 1>(795, 1850),
-    wgmma_kernel<64, 1, 4, 1, 1, 1>(625, 3200),  wgmma_kernel<64, 2, 2, 1, 1, 1>(565, 4100),
-    wgmma_kernel<128, 1, 2, 1, 2, 1>(520, 3500), wgmma_kernel<128, 2, 2, 1, 1, 1>(750, 9000),
-    wgmma_kernel<208, 2, 1, 1, 2, 2>(550, 9600), // where tiles of 256 rows need one round more
-    wgmma_kernel<256, 2, 1, 1, 2, 1>(640, 12500), wgmma_kernel<256, 2, 1, 1, 2, 2>(645, 10500),
+    wgmma_kernel<16, 1, 4, 2, 1, 1>(716, 2510),  wgmma_kernel<16, 2, 2, 2, 1, 1>(641, 2730),
+    wgmma_kernel<32, 1, 4, 2, 1, 1>(787, 2330),  wgmma_kernel<32, 2, 2, 2, 1, 1>(710, 2670),
+    wgmma_kernel<64, 1, 4, 1, 1, 1>(571, 3760),  wgmma_kernel<64, 2, 2, 1, 1, 1>(534, 3920),
+    wgmma_kernel<96, 2, 2, 1, 1, 1>(430, 1600),  wgmma_kernel<128, 1, 2, 1, 2, 1>(350, 1140),
+    wgmma_kernel<128, 2, 2, 1, 1, 1>(466, 2440), wgmma_kernel<128, 2, 2, 1, 1, 2>(462, 1770),
+    wgmma_kernel<176, 2, 1, 1, 2, 2>(566, 2160), wgmma_kernel<208, 2, 1, 1, 2, 1>(632, 1870),
+    wgmma_kernel<208, 2, 1, 1, 2, 2>(604, 2010), wgmma_kernel<256, 2, 1, 1, 2, 1>(702, 3590),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -2858,14 +3100,16 @@ cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &
 
 // cluster: blocks that split K.
 cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
-    CUtensorMap x_map;
-    const cudaError_t err = tensor_map(&x_map, 2, a.x, a.K, a.M, a.ldx * 2, k.n / k.share);
+    WgmmaMaps maps = {};
+    cudaError_t err = tensor_map(&maps.x, 2, a.x, a.K, a.M, a.ldx * 2, k.n / k.share);
+    if (k.box_rows && err == cudaSuccess)
+        err = box_maps(a, std::min(k.box_rows, k.n / (k.turns * cluster)), maps.y, &maps.boxes);
     if (err != cudaSuccess) return err;
     const int n_blocks = total_blocks(a), size = cluster * k.share; // one of them is 1
     const int tiles = ceil_div(n_blocks, k.rows * k.share) * ceil_div(a.M, k.n);
     // Blocks that split K take one tile; others stay and take one after the other.
     const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm / size);
-    return launch(stream, k.kernel, clusters * size, k.threads, k.shared, size, pdl, a, x_map, n_blocks);
+    return launch(stream, k.kernel, clusters * size, k.threads, k.shared, size, pdl, a, maps, n_blocks);
 }
 
 cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
@@ -2905,17 +3149,19 @@ const SmallKernel *plan_small(const Linear4 &a) {
 const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     const WgmmaKernel *best = nullptr;
     long best_ns = 0;
-    for (const WgmmaKernel &k : kWgmmaKernels)
+    for (const WgmmaKernel &k : kWgmmaKernels) {
+        if (k.box_rows && a.M <= 64) continue; // these never win there
         for (int split = 1; split <= 8; split *= 2) {
             const int steps = ceil_div(a.K / kGroup, k.groups);
             const int blocks = ceil_div(total_blocks(a), k.rows * k.share) * k.share * ceil_div(a.M, k.n) * split;
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
-            if (split > 1 && (k.share > 1 || split > steps || blocks > room)) continue;
+            if (split * k.turns > steps || (k.box_rows && k.n % (8 * split * k.turns)) || (split > 1 && (k.share > 1 || blocks > room))) continue;
             const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
-                            (split == 8 ? 9000 : split == 4 ? 6000 : split == 2 ? 2300 : 0);
+                            (split == 8 ? 9000 : split == 4 ? 6500 : split == 2 ? 3500 : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
+    }
     return best;
 }
 
@@ -2987,9 +3233,6 @@ using namespace ptx;
 
 __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-__device__ inline void named_barrier(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 /* By whole warps; those that have left do not count. */
@@ -3114,45 +3357,11 @@ __device__ inline uint64_t descriptor(const void *p, int atoms) {
     return (uint64_t)((shared_address(p) & 0x3ffff) >> 4) | (uint64_t)(atoms >> 4) << 16 | (uint64_t)(1024 >> 4) << 32 |
            (uint64_t)1 << 62;
 }
-#define BNB__REGS_8  "{%0, %1, %2, %3, %4, %5, %6, %7}"
-#define BNB__REGS_16 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15}"
-#define BNB__REGS_32                                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31}"
-#define BNB__REGS_40                                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39}"
-#define BNB__REGS_48                                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
-    "%44, %45, %46, %47}"
-#define BNB__REGS_64                                                                                                   \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
-    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}"
-#define BNB__REGS_128                                                                                                  \
-    "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, "       \
-    "%23, %24, %25, %26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, "        \
-    "%44, %45, %46, %47, %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, "        \
-    "%65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, "        \
-    "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, "       \
-    "%106, %107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, "           \
-    "%123, %124, %125, %126, %127}"
-#define BNB__OUT_4(c, d, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
-#define BNB__OUT_8(c, d, i) BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4)
-#define BNB__OUT_16(c, d, i)                                                                                           \
-    BNB__OUT_4(c, d, i), BNB__OUT_4(c, d, i + 4), BNB__OUT_4(c, d, i + 8), BNB__OUT_4(c, d, i + 12)
-#define BNB__OUT_32(c, d, i)  BNB__OUT_16(c, d, i), BNB__OUT_16(c, d, i + 16)
-#define BNB__OUT_40(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_4(c, d, i + 32), BNB__OUT_4(c, d, i + 36)
-#define BNB__OUT_48(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_16(c, d, i + 32)
-#define BNB__OUT_64(c, d, i)  BNB__OUT_32(c, d, i), BNB__OUT_32(c, d, i + 32)
-#define BNB__OUT_128(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_64(c, d, i + 64)
-
 /* d [64, N] i32 += a [64, 32] s8 * b [N, 32]^T s8; more = 0 starts from zero. */
 #define BNB__WGMMA_S8(N, R, A, B, P)                                                                                   \
     __device__ inline void wgmma_s8(int(&d)[R], uint64_t a, uint64_t b, int more) {                                    \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 " BNB__REGS_##R ", %" #A ", %" #B ", p;\n}" \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k32.s32.s8.s8 {" BNB__REGS_##R "}, %" #A ", %" #B ", p;\n}" \
                      : BNB__OUT_##R("+r", d, 0)                                                                        \
                      : "l"(a), "l"(b), "r"(more));                                                                     \
     }
@@ -3166,7 +3375,7 @@ BNB__WGMMA_S8(256, 128, 128, 129, 130)
 #define BNB__WGMMA_SS(N, R, A, B, P)                                                                                   \
     __device__ inline void wgmma_ss(float(&d)[R], uint64_t a, uint64_t b, int more) {                                  \
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " BNB__REGS_##R ", %" #A ", %" #B         \
+                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 {" BNB__REGS_##R "}, %" #A ", %" #B             \
                                                                                              ", p, 1, 1, 0, 0;\n}"     \
                      : BNB__OUT_##R("+f", d, 0)                                                                        \
                      : "l"(a), "l"(b), "r"(more));                                                                     \
@@ -3175,19 +3384,11 @@ BNB__WGMMA_SS(64, 32, 32, 33, 34)
 BNB__WGMMA_SS(128, 64, 64, 65, 66)
 
 /* d [64, N] f32 += a [64, 16] f16 in registers * b [16, N] f16: N is contiguous. more = 0 starts from zero. */
-#define BNB__WGMMA_RS(N, R, A0, A1, A2, A3, B, P)                                                                      \
-    __device__ inline void wgmma_rs(float(&d)[R], const uint32_t *a, uint64_t b, int more) {                           \
-        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #P ", 0;\n"                                                  \
-                     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.f16.f16 " BNB__REGS_##R                           \
-                     ", {%" #A0 ", %" #A1 ", %" #A2 ", %" #A3 "}, %" #B ", p, 1, 1, 1;\n}"                             \
-                     : BNB__OUT_##R("+f", d, 0)                                                                        \
-                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(more));                                 \
-    }
-BNB__WGMMA_RS(64, 32, 32, 33, 34, 35, 36, 37)
-BNB__WGMMA_RS(80, 40, 40, 41, 42, 43, 44, 45)
-BNB__WGMMA_RS(96, 48, 48, 49, 50, 51, 52, 53)
-BNB__WGMMA_RS(128, 64, 64, 65, 66, 67, 68, 69)
-BNB__WGMMA_RS(256, 128, 128, 129, 130, 131, 132, 133)
+BNB__WGMMA_RS(wgmma_rs, 1, 64, 32, 32, 33, 34, 35, 36, 37)
+BNB__WGMMA_RS(wgmma_rs, 1, 80, 40, 40, 41, 42, 43, 44, 45)
+BNB__WGMMA_RS(wgmma_rs, 1, 96, 48, 48, 49, 50, 51, 52, 53)
+BNB__WGMMA_RS(wgmma_rs, 1, 128, 64, 64, 65, 66, 67, 68, 69)
+BNB__WGMMA_RS(wgmma_rs, 1, 256, 128, 128, 129, 130, 131, 132, 133)
 
 /* LLM.int8(): y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
  *
@@ -3263,6 +3464,12 @@ size_t linear8_scratch(const Linear8 &l) { return scratch8(l).bytes; }
 
 /* ---- quantization of x --------------------------------------------------------------------------------------------*/
 
+/* x in an outlier column, as it counts beside the integer product: where the rule is of rows, only if it is an outlier. */
+__device__ inline float worth8(const Linear8 &l, float x) {
+    return l.outlier_rule == 0 || fabsf(__half2float(__float2half_rn(x))) >= l.threshold ? x : 0.0f;
+}
+__device__ inline float worth8(const Linear8 &l, __half x) { return worth8(l, __half2float(x)); }
+
 /* v[i] = what x[m[i], k[i]] adds through outlier column k[i]. All loads come before all decisions, so that they are in
  * flight together. */
 template <int N>
@@ -3277,10 +3484,8 @@ __device__ inline void x_outliers8(const Linear8 &l, const int (&m)[N], const in
 #pragma unroll
         for (int i = 0; i < N; i++) v[i] = __half2float(h[i]);
     }
-    if (l.outlier_rule == 1) { /* only the outliers themselves */
 #pragma unroll
-        for (int i = 0; i < N; i++) v[i] = fabsf(__half2float(__float2half_rn(v[i]))) >= l.threshold ? v[i] : 0.0f;
-    }
+    for (int i = 0; i < N; i++) v[i] = worth8(l, v[i]);
 }
 
 /* x[m, at[i]..at[i] + 7] in f16 */
@@ -3969,10 +4174,12 @@ enum {
 
 template <int BX> struct Gemm8Shape {
     static constexpr int blocks = BX <= 32 ? 2 : 1; /* for each multiprocessor */
+    static constexpr int G = BX < 64 ? 2 : BX == 128 ? 8 : 4; /* groups of 8 rows of x that are finished together */
+    static constexpr int box_rows = BX < 128 ? 0 : 8 * G, box_bytes = BX < 128 ? 0 : 16 * 1024; /* of a warpgroup */
     static constexpr bool divides = BX <= 128;      /* K, among the blocks of a cluster */
     static constexpr int w_bytes = gemm8_rows * linear8_chunk, stage_bytes = w_bytes + BX * linear8_chunk;
     static constexpr int side_bytes =
-        BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
+        2 * box_bytes + BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
     static constexpr int barrier_bytes = 256; /* and the number of outlier columns */
     static constexpr int room = (blocks == 1 ? shared_limit : shared_total / 2 - 1024) - barrier_bytes;
     static constexpr int stages = (room - side_bytes) / stage_bytes;
@@ -3982,12 +4189,13 @@ template <int BX> struct Gemm8Shape {
 };
 
 struct Gemm8 {
-    CUtensorMap x, w[3]; /* w: [N / 16, 2, 8, K], row 2 i + h of 16 at [h, i]; or [1, 1, N, K]; see row_of8 */
+    CUtensorMap x, y[3], w[3]; /* w: [N / 16, 2, 8, K], row 2 i + h of 16 at [h, i]; or [1, 1, N, K]; see row_of8 */
     Linear8 l;
     Scratch8 s;
     int first[4]; /* column tile at which part i begins; [n_parts..3]: their number */
     int m_tiles, chunks, cluster;
     int mine;   /* of a tile's groups of 8 rows of x each block of a cluster finishes so many */
+    HowBoxes boxes;
     int listed; /* outlier columns: 0 there are none, 1 in s.list, 2 in s.few */
 };
 
@@ -4008,7 +4216,8 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     using S = Gemm8Shape<BX>;
     extern __shared__ __align__(1024) uint8_t shared[];
     constexpr int groups = BX / 8;
-    float *const near_x = (float *)(shared + S::stages * S::stage_bytes); /* [BX, near] x in outlier columns */
+    uint8_t *const box = shared + S::stages * S::stage_bytes;             /* [2, box_bytes] */
+    float *const near_x = (float *)(box + 2 * S::box_bytes);              /* [BX, near] x in outlier columns */
     uint8_t *const near_c = (uint8_t *)(near_x + BX * gemm8_near);        /* [BX, near] codes there, negative */
     uint8_t *const near_w = near_c + BX * gemm8_near;                     /* [128, near] W there */
     float *const sca = (float *)(near_w + gemm8_rows * gemm8_near);       /* [BX] */
@@ -4106,18 +4315,45 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 barrier_wait(side_empty, parity ^ 1);
                 for (int i = i0; i < BX; i += gemm8_side) sca[i] = m0 + i < l.M ? p.s.sca[m0 + i] : 0;
                 if (left > 0) {
-#pragma unroll 3
-                    for (int r = r0; r < gemm8_rows; r += gemm8_side / 4) {
-                        const int8_t *const at = w + (size_t)min(n0 + row_of8(r, paired), N - 1) * l.K;
-                        ((uint32_t *)near_w)[r * 4 + q] = four8(at, k);
+                    /* Some rows are on their way together, and are stored after all have come. */
+                    constexpr int some = 2, pass = gemm8_side / 4; /* registers are few */
+#pragma unroll 1
+                    for (int r = r0; r < gemm8_rows; r += some * pass) {
+                        uint32_t codes[some];
+#pragma unroll
+                        for (int i = 0; i < some; i++)
+                            codes[i] = four8(w + (size_t)min(n0 + row_of8(r + i * pass, paired), N - 1) * l.K, k);
+#pragma unroll
+                        for (int i = 0; i < some; i++)
+                            if (r + i * pass < gemm8_rows) ((uint32_t *)near_w)[(r + i * pass) * 4 + q] = codes[i];
                     }
-#pragma unroll 2
-                    for (int r = 8 * j0 + r0; r < 8 * j1; r += gemm8_side / 4) {
-                        const int m = min(m0 + r, l.M - 1);
-                        const uint32_t codes = correct ? minus8(four8(p.s.codes + (size_t)m * p.s.Kp, k), left) : 0;
-                        *(float4 *)(near_x + r * gemm8_near + 4 * q) = x_four8(l, m, k, left);
-                        ((uint32_t *)near_c)[r * 4 + q] = codes;
-                    }
+                    const auto gather = [&](auto number) { /* of x: one loop for each type, as branches would wait */
+                        const auto *const from = (const decltype(number) *)l.x;
+#pragma unroll 1
+                        for (int r = 8 * j0 + r0; r < 8 * j1; r += some * pass) {
+                            uint32_t codes[some];
+                            decltype(number) x[some][4];
+#pragma unroll
+                            for (int i = 0; i < some; i++) {
+                                const int m = min(m0 + r + i * pass, l.M - 1);
+                                codes[i] = four8(p.s.codes + (size_t)m * p.s.Kp, k);
+#pragma unroll
+                                for (int c = 0; c < 4; c++) x[i][c] = from[m * l.ldx + k[c]];
+                            }
+#pragma unroll
+                            for (int i = 0; i < some; i++) {
+                                if (r + i * pass >= 8 * j1) break;
+                                float v[4];
+#pragma unroll
+                                for (int c = 0; c < 4; c++) v[c] = c < left ? worth8(l, x[i][c]) : 0;
+                                const int at = (r + i * pass) * 4 + q;
+                                ((float4 *)near_x)[at] = make_float4(v[0], v[1], v[2], v[3]);
+                                ((uint32_t *)near_c)[at] = correct ? minus8(codes[i], left) : 0;
+                            }
+                        }
+                    };
+                    if (l.x_f32) gather(float());
+                    else gather(__half());
                 } else if (tile == tile0 && count > 0) {
                     for (int r = r0; r < BX; r += gemm8_side / 4)
                         *(float4 *)(near_x + r * gemm8_near + 4 * q) = float4(), ((uint32_t *)near_c)[r * 4 + q] = 0;
@@ -4146,13 +4382,18 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         for (int i = 0; i < 2; i++)
             w[i] = four8((const int8_t *)l.part[part].w + (size_t)min(own.n[i], l.part[part].N - 1) * l.K, k);
     };
+    using YBoxes = Boxes<8 * S::G, S::box_rows ? S::box_bytes : 8 * S::G * 256>;
+    uint32_t box_count = 0;
     wait_for_prior_kernel();
     for (int tile = tile0; tile < n_tiles; tile += tile_step, side_parity ^= 1) {
         const int part = part_of(tile), m0 = tile % p.m_tiles * BX, from = m0 + 8 * j0, to = min(m0 + 8 * j1, l.M);
         const Lane8 own = lane8(l, part, column_of(tile, part) + 16 * warp);
-        constexpr int G = BX < 64 ? 2 : 4; /* groups that are finished together */
-        float residual[4 * G];             /* of the next of them: on the way while others are multiplied */
-        residual8<G>(l, own, m0 + 8 * j0 + 2 * t, from, to, residual);
+        constexpr int G = S::G;
+        float residual[4 * G] = {}; /* of the next groups: on the way while others are multiplied */
+        const auto fetch_residual = [&](int m) {
+            if (l.residual && p.boxes != kBoxesAdd) residual8<G>(l, own, m, from, to, residual);
+        };
+        fetch_residual(m0 + 8 * j0 + 2 * t);
 
         int acc[BX / 2], before = 0;
         for (int c = 0; c < nc; c++) {
@@ -4192,6 +4433,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         const float unit[2] = {own.scb[0] * weight8, own.scb[1] * weight8};
         const uint32_t near[2] = {((const uint32_t *)near_w)[(16 * warp + g) * 4 + t],
                                   ((const uint32_t *)near_w)[(16 * warp + g + 8) * 4 + t]};
+        YBoxes boxes(shared_address(box) + wg * S::box_bytes, l.y_f32, 2 + wg, box_count);
         /* A loop of few iterations, and only one: unrolled, code would be larger than the instruction cache. */
 #pragma unroll 1
         for (int j = j0; j < j1; j += G) {
@@ -4251,12 +4493,21 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             activate8(l.act, v);
 #pragma unroll
             for (int i = 0; i < 4 * G; i++) v[i] += residual[i];
-            if (j + G < j1) residual8<G>(l, own, m + 8 * G + 2 * t, from, to, residual);
-            store8<G>(l, part, own, m + 2 * t, from, to, v);
+            if (S::box_rows && p.boxes != kBoxesNone) {
+                float2 pairs[2 * G];
+#pragma unroll
+                for (int i = 0; i < 2 * G; i++) pairs[i] = make_float2(v[i / 2 * 4 + i % 2], v[i / 2 * 4 + i % 2 + 2]);
+                const int n = column_of(tile, part) + 64 * wg;
+                boxes.write(p.y + part, n, m, n < l.part[part].N, p.boxes == kBoxesAdd, pairs);
+            } else {
+                store8<G>(l, part, own, m + 2 * t, from, to, v);
+            }
+            if (j + G < j1) fetch_residual(m + 8 * G + 2 * t); /* not before: boxes wait for all that is on its way */
         }
         __syncwarp();
         if (lane == 0) barrier_arrive(side_empty);
     }
+    if (S::box_rows) YBoxes::drain();
 #endif
 }
 
@@ -4277,6 +4528,10 @@ template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Lin
     p.listed = !(l.threshold > 0) ? 0 : linear8_few(l) ? 2 : 1;
     cudaError_t e = tensor_map(&p.x, 1, p.s.codes, p.s.Kp, l.M, p.s.Kp, BX);
     for (int i = 0; !e && i < l.n_parts; i++) e = weight_map8(p.w + i, l.part[i].w, l.part[i].N, l.K);
+    bool boxes = Gemm8Shape<BX>::box_rows && (cluster == 1 || p.mine % Gemm8Shape<BX>::G == 0);
+    for (int i = 0; i < l.n_parts; i++) boxes = boxes && paired8(l.part[i].N);
+    p.boxes = kBoxesNone;
+    if (!e && boxes) e = box_maps(l, Gemm8Shape<BX>::box_rows, p.y, &p.boxes);
     if (e) return e;
     p.first[0] = 0;
     for (int i = 0; i < 3; i++)

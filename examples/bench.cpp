@@ -408,17 +408,17 @@ Products Bench::products(int64_t m, size_t copies) const {
     p.ctx.reset(cli::need(bnb_ctx_create(env, &err), err));
     const int64_t sum_shape[2] = {m, n};
     bnb_tensor *x = bnb_input(p.ctx.get(), BNB_F32, 2, shape, "x"), *sum = bnb_input(p.ctx.get(), BNB_F32, 2, sum_shape, "sum");
-    // as in a model: x comes from an op before, in the type that the product wants, and the result is added to something,
-    // which also keeps products of the same x from being made by one kernel
-    bnb_tensor *h = bnb_scale(p.ctx.get(), x, 1);
-    std::vector<bnb_tensor *> ws, ys;
+    // as in a model: x comes from an op before, in the type that the product wants, and the results are added to one sum, each
+    // where the sum lies, which also keeps products of the same x from being made by one kernel
+    bnb_tensor *h = bnb_scale(p.ctx.get(), x, 1), *y = sum;
+    std::vector<bnb_tensor *> ws;
     for (size_t i = 0; i < copies; i++) {
         bnb_tensor *copy = on_cpu ? new_weight(p.ctx.get())
                                   : bnb_tensor_place(p.ctx.get(), backend.get(), w, plan_params.compute_dtype);
         ws.push_back(cli::need(copy, err));
-        ys.push_back(bnb_add(p.ctx.get(), sum, bnb_linear(p.ctx.get(), h, ws.back(), nullptr)));
+        y = bnb_add(p.ctx.get(), y, bnb_linear(p.ctx.get(), h, ws.back(), nullptr));
     }
-    bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), ys.data(), int32_t(copies), &err), err);
+    bnb_graph *graph = cli::need(bnb_graph_create(p.ctx.get(), &y, 1, &err), err);
     if (on_cpu) cli::need(bnb_ctx_alloc(p.ctx.get(), backend.get(), &err), err);
     for (bnb_tensor *copy : ws) {
         if (!on_cpu) cli::need(bnb_tensor_upload(copy, w, &err), err);

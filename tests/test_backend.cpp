@@ -127,23 +127,32 @@ TEST_SUITE("backend") {
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        const int64_t shapes[][3] = {{12, 300, 3776}, {12, 9000, 704}, {30, 9000, 704}, {60, 9000, 1344}, {250, 2100, 448}, {140, 4100, 448}, {120, 9000, 1344}, {520, 4100, 448}, {250, 8700, 448}};
+        const int64_t shapes[][3] = {{12, 304, 2112},    {77, 3088, 704},   {12, 304, 448},   {1248, 208, 704},  {1248, 208, 2112}, {60, 8688, 1344},
+                                     {77, 8688, 1344},   {250, 8688, 128},  {400, 1296, 3776}, {100, 2512, 448}, {300, 8688, 128},  {300, 8699, 128},
+                                     {1248, 1600, 256},  {100, 4304, 5120}, {400, 8688, 320}, {400, 8688, 128},  {1248, 4304, 448}, {200, 4304, 3776},
+                                     {250, 8688, 192},   {200, 3088, 5120}};
+        enum { TO_ROWS, IN_PLACE, TO_PRODUCT, WAYS }; // where y goes: added to rows elsewhere, to its own, or f16 that is multiplied
         for (int32_t type : {BNB_NF4, BNB_INT8})
-            for (const int64_t *s : shapes) {
+            for (size_t i = 0; i < std::size(shapes); i++) {
+                const int64_t *s = shapes[i];
                 auto build = [&](Net &net) {
-                    Rng rng(static_cast<uint64_t>(s[0]));
+                    Rng rng(i);
                     const int64_t M = s[0], N = cuda ? s[1] : 20, K = s[2];
                     bnb_quant q = bnb_quant_default(type);
                     q.threshold = 4.0f;
                     auto many = [&](int64_t n, double scale) { // again and again from a prime number of them: normals take their time
                         const Floats some = rng.normals(65521, scale);
                         Floats all(static_cast<size_t>(n));
-                        for (size_t i = 0; i < all.size(); i++) all[i] = some[i % some.size()];
+                        for (size_t k = 0; k < all.size(); k++) all[k] = some[k % some.size()];
                         return all;
                     };
-                    bnb_tensor *x = net.input({M, K}, rng.normals(M * K)), *r = net.input({M, N}, many(M * N, 1), "r");
-                    bnb_tensor *y = bnb_linear(net.ctx, x, net.weight(type, {N, K}, many(N * K, 0.1), &q), nullptr);
-                    return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, M % 20 ? bnb_relu(net.ctx, y) : bnb_gelu_tanh(net.ctx, y))};
+                    bnb_tensor *x = net.input({M, K}, many(M * K, 1)), *r = net.input({M, N}, many(M * N, 1), "r");
+                    bnb_tensor *y = bnb_linear(net.ctx, x, net.weight(type, {N, K}, many(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
+                    const size_t way = (i + (type == BNB_INT8)) % WAYS;
+                    if (way == IN_PLACE) return std::vector<bnb_tensor *>{bnb_add(net.ctx, bnb_scale(net.ctx, r, 2), y)};
+                    y = i % 2 ? bnb_relu(net.ctx, y) : i % 4 ? bnb_silu(net.ctx, y) : bnb_gelu_tanh(net.ctx, y);
+                    if (way == TO_ROWS) return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, y)};
+                    return std::vector<bnb_tensor *>{bnb_linear(net.ctx, y, net.weight(BNB_F16, {24, N}, many(24 * N, 0.1)), nullptr)};
                 };
                 compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows");
             }
