@@ -2261,7 +2261,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> st
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
     static constexpr int kRegisters = !kWide ? 0 : kWarps == 16 ? 112 : kWarps == 8 && kN > 128 ? 232 : 0;
-    static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 32), kRowThreads = kRows * 128;
+    static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 64), kRowThreads = kRows * 128;
     static_assert(kRegisters * kWarps * 32 + 24 * 128 <= 65536 / kThreads / 8 * 8 * kThreads, "or they wait forever");
     static constexpr int kStepGroups = kSplit / kTurns * kDeep;
     static constexpr int kStageX = kStepGroups * kN * kGroup * 2;   // f16 [kStepGroups][kN][64], 128-byte swizzle
@@ -2282,7 +2282,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> st
     static constexpr int kSumsAt = kWide ? kTableBytes : 128; // from the table; where there are boxes, they
     static constexpr int kFixed = kWide ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
     static constexpr int kStages = min_of(kWide ? 12 : 8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
-    static_assert(kStages >= (kWide ? 2 + kTurns : 3));
+    static_assert(kStages >= (kWide ? 2 + kTurns : 3) && (2 * kStages + 1) * 8 <= kBarrierBytes);
     static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
     static_assert(!kWide || kWarps / 4 * kGroupSums <= kSums);
     static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
@@ -2307,13 +2307,15 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     auto first_block = [&](int tile) { return (tile / m_tiles * kShare + member) * kRows; };
 
     const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
+    const uint32_t x_first = empty + S::kStages * 8;
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         prefetch_map(&maps.x);
         for (int i = 0; i < S::kStages; ++i) {
-            barrier_init(full + i * 8, 1);
+            barrier_init(full + i * 8, 2);
             barrier_init(empty + i * 8, S::kWarps / S::kTurns * kShare);
         }
+        barrier_init(x_first, 1);
         barrier_init_fence();
     }
     if (kShare > 1) cluster_sync(); // all can be written to
@@ -2330,47 +2332,53 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         if (stage >= S::kStages) stage -= S::kStages, parity ^= 1;
         if (stage < 0) stage += S::kStages, parity ^= 1;
     };
-    if (warp >= S::kWarps) { // the producer: one thread of these works
+    if (warp >= S::kWarps) { // producers: one thread of these asks for weights, one for x
         if (S::kRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
-        if (threadIdx.x == S::kWarps * 32) {
+        if (warp < S::kWarps + 2 && lane == 0) {
+            const bool weights = warp == S::kWarps;
             const char *rows[kRows]; // the tiles of each block of 64 rows
             auto copy_tiles = [&](int to, int step) {
                 const uint32_t bytes = min(S::kStepGroups, groups - step * S::kStepGroups) * kTileBytes;
-                barrier_expect(full + to * 8, S::kStageX + kRows * bytes);
+                barrier_expect(full + to * 8, kRows * bytes);
 #pragma unroll
                 for (int r = 0; r < kRows; ++r)
                     bulk_copy(w_stages + to * S::kStageW + r * S::kStepGroups * kTileBytes,
                               rows[r] + step * (S::kStepGroups * kTileBytes), bytes, full + to * 8);
             };
+            auto copy_x = [&](int to, int step, int m0) { // columns past K and rows past M arrive as zeros
+                barrier_expect(full + to * 8, S::kStageX);
+#pragma unroll
+                for (int i = 0; i < S::kStepGroups; ++i) {
+                    const uint32_t at = x_stages + to * S::kStageX + i * (kN * kGroup * 2);
+                    const int k = (step * S::kStepGroups + i) * kGroup;
+                    if (kShare == 1) tensor_copy(at, &maps.x, k, m0, full + to * 8);
+                    else // a part of the rows, for all
+                        tensor_multicast(at + member * (kN / kShare * 128), &maps.x, k, m0 + member * (kN / kShare),
+                                         full + to * 8, (1 << kShare) - 1);
+                }
+            };
             // Of the residual that the tile will need, what belongs to one step's share of its rows goes to the second
             // level cache. Only one weight has a residual.
             const int ahead = ceil_div(kN, step1 - step0);
             const bool fetches = a.residual && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
-            int copies = 0, early = 0;
+            if (!weights) wait_for_prior_kernel(); // which weights do not depend on
+            int copies = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
                 const int m0 = tile % m_tiles * kN, n0 = first_block(tile) * kBlockRows;
                 const uint32_t line = fetches ? max(min(kRows * kBlockRows, a.part[0].N - n0), 0) / 4 * 16 : 0; // bytes
 #pragma unroll
                 for (int r = 0; r < kRows; ++r) rows[r] = block_at(a, min(first_block(tile) + r, n_blocks - 1)).tiles;
-                if (tile == tile0) { // weights do not depend on the kernel before; more would be in the way of x
-#pragma unroll 1
-                    for (; early < min(2, step1 - step0); ++early) copy_tiles(early, step0 + early);
-                    wait_for_prior_kernel();
-                }
                 int m = m0;
 #pragma unroll 1
                 for (int step = step0; step < step1; ++step, ++copies, advance()) {
                     if (copies >= S::kStages) barrier_wait(empty + stage * 8, parity ^ 1);
-                    if (copies >= early) copy_tiles(stage, step);
-#pragma unroll
-                    for (int i = 0; i < S::kStepGroups; ++i) { // columns past K and rows past M arrive as zeros
-                        const uint32_t to = x_stages + stage * S::kStageX + i * (kN * kGroup * 2);
-                        const int k = (step * S::kStepGroups + i) * kGroup;
-                        if (kShare == 1) tensor_copy(to, &maps.x, k, m0, full + stage * 8);
-                        else // a part of the rows, for all
-                            tensor_multicast(to + member * (kN / kShare * 128), &maps.x, k, m0 + member * (kN / kShare),
-                                             full + stage * 8, (1 << kShare) - 1);
+                    if (weights) {
+                        copy_tiles(stage, step);
+                        if (copies == 1) barrier_wait(x_first, 0); // more weights would be in the way
+                        continue;
                     }
+                    copy_x(stage, step, m0);
+                    if (copies == 1) barrier_arrive(x_first);
                     if (line > 0)
                         for (const int end = min(m + ahead, min(m0 + kN, a.M)); m < end; ++m)
                             prefetch_bulk(a.residual + m * a.ldr + n0, line);
@@ -3029,13 +3037,13 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1, 1>(716, 2510),  wgmma_kernel<16, 2, 2, 2, 1, 1>(641, 2730),
-    wgmma_kernel<32, 1, 4, 2, 1, 1>(787, 2330),  wgmma_kernel<32, 2, 2, 2, 1, 1>(710, 2670),
-    wgmma_kernel<64, 1, 4, 1, 1, 1>(571, 3760),  wgmma_kernel<64, 2, 2, 1, 1, 1>(534, 3920),
-    wgmma_kernel<96, 2, 2, 1, 1, 1>(430, 1600),  wgmma_kernel<128, 1, 2, 1, 2, 1>(350, 1140),
-    wgmma_kernel<128, 2, 2, 1, 1, 1>(466, 2440), wgmma_kernel<128, 2, 2, 1, 1, 2>(462, 1770),
-    wgmma_kernel<176, 2, 1, 1, 2, 2>(566, 2160), wgmma_kernel<208, 2, 1, 1, 2, 1>(632, 1870),
-    wgmma_kernel<208, 2, 1, 1, 2, 2>(604, 2010), wgmma_kernel<256, 2, 1, 1, 2, 1>(702, 3590),
+    wgmma_kernel<16, 1, 4, 2, 1, 1>(681, 2600),  wgmma_kernel<16, 2, 2, 2, 1, 1>(578, 2790),
+    wgmma_kernel<32, 1, 4, 2, 1, 1>(727, 2880),  wgmma_kernel<32, 2, 2, 2, 1, 1>(655, 3200),
+    wgmma_kernel<64, 1, 4, 1, 1, 1>(515, 4170),  wgmma_kernel<64, 2, 2, 1, 1, 1>(474, 4550),
+    wgmma_kernel<96, 2, 2, 1, 1, 1>(348, 3690),  wgmma_kernel<128, 1, 2, 1, 2, 1>(295, 2790),
+    wgmma_kernel<128, 2, 2, 1, 1, 1>(411, 4370), wgmma_kernel<128, 2, 2, 1, 1, 2>(405, 4500),
+    wgmma_kernel<176, 2, 1, 1, 2, 2>(529, 4340), wgmma_kernel<208, 2, 1, 1, 2, 1>(543, 4620),
+    wgmma_kernel<256, 2, 1, 1, 2, 1>(689, 5110),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3157,8 +3165,10 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
             if (split * k.turns > steps || (k.box_rows && k.n % (8 * split * k.turns)) || (split > 1 && (k.share > 1 || blocks > room))) continue;
+            const int meeting = k.box_rows ? split == 2 ? 2600 : split == 4 ? 4200 : 5200
+                                           : split == 2 ? 2400 : split == 4 ? 4000 : 9000;
             const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
-                            (split == 8 ? 9000 : split == 4 ? 6500 : split == 2 ? 3500 : 0);
+                            (split > 1 ? meeting : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     }
