@@ -1054,12 +1054,12 @@ __device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap 
 // From shared memory; what lies outside the tensor is left out. add: f32 sums, by the second-level cache.
 __device__ __forceinline__ void tensor_store(const CUtensorMap *map, int n, int m, uint32_t from, bool add) {
     if (add)
-        asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map),
-                     "r"(n), "r"(m), "r"(from)
+        asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%1, %2}], [%3];" ::
+                         "l"(map), "r"(n), "r"(m), "r"(from)
                      : "memory");
     else
-        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(n),
-                     "r"(m), "r"(from)
+        asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::
+                         "l"(map), "r"(n), "r"(m), "r"(from)
                      : "memory");
 }
 __device__ __forceinline__ void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
@@ -1387,10 +1387,11 @@ using namespace ptx;
 //     linear4_small  M <= 8: the same with x in shared memory; on Hopper two blocks fetch x for each other.
 //                    Hopper and sm_80 share both: they differ in how bytes reach the ring, and in how much shared
 //                    memory there is for it.
-//     linear4_wgmma  Hopper, any M: a producer feeds x (TMA) and tiles (bulk copies) to warpgroups, which decode into
+//     linear4_wgmma  Hopper, any M: two producers feed x (TMA) and tiles (bulk copies) to warpgroups, which decode into
 //                    the A registers of wgmma while the step before, or another warpgroup's, runs. absmax / row_scale
 //                    is multiplied into the f16 weights, so that the accumulators sum over all of K. K may be split
-//                    over the warpgroups of a block and over a cluster, or a cluster fetches x together.
+//                    over the warpgroups of a block and over a cluster, or a cluster fetches x together. Tiles of many
+//                    rows leave as boxes (TMA) while the next one begins.
 //     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
 //                    block split K.
 // Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share only how x is staged:
@@ -2243,16 +2244,20 @@ __global__ void __launch_bounds__(512, 1)
 
 // ---- linear4_wgmma --------------------------------------------------------------------------------------------------
 
-// kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
-// split over the blocks of a cluster before. A step is kSplit * kDeep groups of 64 columns. kShare 2: two blocks with
-// other rows of W make a cluster and fetch x for each other.
-constexpr int divisor_to(int n, int most) { return n <= most || n % most == 0 ? min_of(n, most) : divisor_to(n, most - 1); }
+// The largest divisor of n up to `most`.
+constexpr int divisor_to(int n, int most) {
+    return n <= most || n % most == 0 ? min_of(n, most) : divisor_to(n, most - 1);
+}
 
 struct WgmmaMaps {
     CUtensorMap x, y[3]; // y of each part
     HowBoxes boxes;
 };
 
+// kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
+// split over the blocks of a cluster before. A step is kDeep groups of 64 columns, for all of the kSplit that do not take
+// turns. kBuffers 2: the next step is decoded while one is multiplied. kShare 2: two blocks with other rows of W make a
+// cluster and fetch x for each other.
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
     // With many rows of x warpgroups that split K take steps in turns, and y leaves as boxes; with few a step is of all.
@@ -3008,15 +3013,16 @@ template <int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool littl
 
 struct WgmmaKernel {
     int n, rows, groups, turns, share; // groups: of a step
-    int step_ns, tile_ns;       // what a step takes, and what a tile takes beside: fitted to measurements of an H200
-    int threads, shared, box_rows; // box_rows: of y, 0 where it does not leave as boxes
+    int step_ns, tile_ns, f32_ns;      // of a step, of a tile beside its steps, and if y is f32: fitted to an H200's times
+    int threads, shared, box_rows;     // box_rows: of y, 0 where it does not leave as boxes
     void (*kernel)(Linear4, WgmmaMaps, int);
 };
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
-constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns) {
+constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns, int f32_ns) {
     using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
-    return {kN,      kRows,   S::kStepGroups, S::kTurns, kShare,     step_ns,
-            tile_ns, S::kThreads, S::kShared, S::kWide ? S::kChunk * 8 : 0, linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
+    return {kN,      kRows,  S::kStepGroups, S::kTurns,  kShare,
+            step_ns, tile_ns, f32_ns,        S::kThreads, S::kShared, S::kWide ? S::kChunk * 8 : 0,
+            linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
 }
 
 struct MmaKernel {
@@ -3037,13 +3043,13 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1, 1>(681, 2600),  wgmma_kernel<16, 2, 2, 2, 1, 1>(578, 2790),
-    wgmma_kernel<32, 1, 4, 2, 1, 1>(727, 2880),  wgmma_kernel<32, 2, 2, 2, 1, 1>(655, 3200),
-    wgmma_kernel<64, 1, 4, 1, 1, 1>(515, 4170),  wgmma_kernel<64, 2, 2, 1, 1, 1>(474, 4550),
-    wgmma_kernel<96, 2, 2, 1, 1, 1>(348, 3690),  wgmma_kernel<128, 1, 2, 1, 2, 1>(295, 2790),
-    wgmma_kernel<128, 2, 2, 1, 1, 1>(411, 4370), wgmma_kernel<128, 2, 2, 1, 1, 2>(405, 4500),
-    wgmma_kernel<176, 2, 1, 1, 2, 2>(529, 4340), wgmma_kernel<208, 2, 1, 1, 2, 1>(543, 4620),
-    wgmma_kernel<256, 2, 1, 1, 2, 1>(689, 5110),
+    wgmma_kernel<16, 1, 4, 2, 1, 1>(670, 2460, 280),   wgmma_kernel<16, 2, 2, 2, 1, 1>(577, 2760, 60),
+    wgmma_kernel<32, 1, 4, 2, 1, 1>(723, 2840, 90),    wgmma_kernel<32, 2, 2, 2, 1, 1>(654, 3190, 0),
+    wgmma_kernel<64, 1, 4, 1, 1, 1>(514, 4130, 90),    wgmma_kernel<64, 2, 2, 1, 1, 1>(463, 4470, 640),
+    wgmma_kernel<96, 2, 2, 1, 1, 1>(335, 3570, 1330),  wgmma_kernel<128, 1, 2, 1, 2, 1>(276, 2490, 3110),
+    wgmma_kernel<128, 2, 2, 1, 1, 1>(398, 4130, 1520), wgmma_kernel<128, 2, 2, 1, 1, 2>(395, 4220, 1510),
+    wgmma_kernel<176, 2, 1, 1, 2, 2>(519, 4210, 1190), wgmma_kernel<208, 2, 1, 1, 2, 1>(521, 4480, 1580),
+    wgmma_kernel<256, 2, 1, 1, 2, 1>(689, 5110, 0),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3164,11 +3170,12 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
             const int blocks = ceil_div(total_blocks(a), k.rows * k.share) * k.share * ceil_div(a.M, k.n) * split;
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
-            if (split * k.turns > steps || (k.box_rows && k.n % (8 * split * k.turns)) || (split > 1 && (k.share > 1 || blocks > room))) continue;
-            const int meeting = k.box_rows ? split == 2 ? 2600 : split == 4 ? 4200 : 5200
-                                           : split == 2 ? 2400 : split == 4 ? 4000 : 9000;
-            const long ns = (long)ceil_div(blocks, a.n_sm) * (ceil_div(steps, split) * k.step_ns + k.tile_ns) +
-                            (split > 1 ? meeting : 0);
+            if (split * k.turns > steps || (k.box_rows && k.n % (8 * split * k.turns))) continue;
+            if (split > 1 && (k.share > 1 || blocks > room)) continue;
+            const int meeting = k.box_rows ? split == 2 ? 2800 : split == 4 ? 4200 : 7600
+                                           : split == 2 ? 2700 : split == 4 ? 4600 : 9000;
+            const long tile_ns = ceil_div(steps, split) * k.step_ns + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
+            const long ns = ceil_div(blocks, a.n_sm) * tile_ns + (split > 1 ? meeting : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     }
