@@ -1229,27 +1229,27 @@ template <int kRows, int kBytes> struct Boxes {
 };
 
 // The registers of a warpgroup's sums, 0 .. R - 1: their numbers, and the operands that they are.
-#define BNB__REGS_0_8 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define BNB__REGS_8_16 "%8, %9, %10, %11, %12, %13, %14, %15"
-#define BNB__REGS_16_32 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
-#define BNB__REGS_32_40 "%32, %33, %34, %35, %36, %37, %38, %39"
-#define BNB__REGS_40_48 "%40, %41, %42, %43, %44, %45, %46, %47"
-#define BNB__REGS_48_64 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-#define BNB__REGS_64_80 "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
-#define BNB__REGS_80_88 "%80, %81, %82, %83, %84, %85, %86, %87"
-#define BNB__REGS_88_96 "%88, %89, %90, %91, %92, %93, %94, %95"
-#define BNB__REGS_96_104 "%96, %97, %98, %99, %100, %101, %102, %103"
+#define BNB__REGS_0_8     "%0, %1, %2, %3, %4, %5, %6, %7"
+#define BNB__REGS_8_16    "%8, %9, %10, %11, %12, %13, %14, %15"
+#define BNB__REGS_16_32   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define BNB__REGS_32_40   "%32, %33, %34, %35, %36, %37, %38, %39"
+#define BNB__REGS_40_48   "%40, %41, %42, %43, %44, %45, %46, %47"
+#define BNB__REGS_48_64   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BNB__REGS_64_80   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define BNB__REGS_80_88   "%80, %81, %82, %83, %84, %85, %86, %87"
+#define BNB__REGS_88_96   "%88, %89, %90, %91, %92, %93, %94, %95"
+#define BNB__REGS_96_104  "%96, %97, %98, %99, %100, %101, %102, %103"
 #define BNB__REGS_104_112 "%104, %105, %106, %107, %108, %109, %110, %111"
 #define BNB__REGS_112_128 "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
-#define BNB__REGS_8 BNB__REGS_0_8
-#define BNB__REGS_16 BNB__REGS_8 ", " BNB__REGS_8_16
-#define BNB__REGS_32 BNB__REGS_16 ", " BNB__REGS_16_32
-#define BNB__REGS_40 BNB__REGS_32 ", " BNB__REGS_32_40
-#define BNB__REGS_48 BNB__REGS_40 ", " BNB__REGS_40_48
-#define BNB__REGS_64 BNB__REGS_48 ", " BNB__REGS_48_64
-#define BNB__REGS_80 BNB__REGS_64 ", " BNB__REGS_64_80
-#define BNB__REGS_88 BNB__REGS_80 ", " BNB__REGS_80_88
-#define BNB__REGS_96 BNB__REGS_88 ", " BNB__REGS_88_96
+#define BNB__REGS_8   BNB__REGS_0_8
+#define BNB__REGS_16  BNB__REGS_8 ", " BNB__REGS_8_16
+#define BNB__REGS_32  BNB__REGS_16 ", " BNB__REGS_16_32
+#define BNB__REGS_40  BNB__REGS_32 ", " BNB__REGS_32_40
+#define BNB__REGS_48  BNB__REGS_40 ", " BNB__REGS_40_48
+#define BNB__REGS_64  BNB__REGS_48 ", " BNB__REGS_48_64
+#define BNB__REGS_80  BNB__REGS_64 ", " BNB__REGS_64_80
+#define BNB__REGS_88  BNB__REGS_80 ", " BNB__REGS_80_88
+#define BNB__REGS_96  BNB__REGS_88 ", " BNB__REGS_88_96
 #define BNB__REGS_104 BNB__REGS_96 ", " BNB__REGS_96_104
 #define BNB__REGS_112 BNB__REGS_104 ", " BNB__REGS_104_112
 #define BNB__REGS_128 BNB__REGS_112 ", " BNB__REGS_112_128
@@ -1346,10 +1346,9 @@ cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, in
 // The maps of y's parts for boxes of box_rows rows, where y's place allows them; a: a call of linear.
 template <class Call> cudaError_t box_maps(const Call &a, int box_rows, CUtensorMap (&y)[3], HowBoxes *how) {
     const int size = a.y_f32 ? 4 : 2;
-    *how = !a.residual                                                                     ? kBoxesPlain
-           : a.y_f32 && a.residual == a.part[0].y && a.ldr == a.part[0].ldy                ? kBoxesAdd
-           : ((uintptr_t)a.residual & 7) == 0 && a.ldr % 2 == 0 && a.part[0].N % 2 == 0 ? kBoxesBeside
-                                                                                          : kBoxesNone;
+    const bool pairs = ((uintptr_t)a.residual & 7) == 0 && a.ldr % 2 == 0 && a.part[0].N % 2 == 0;
+    *how = !a.residual ? kBoxesPlain : pairs ? kBoxesBeside : kBoxesNone;
+    if (a.residual && a.y_f32 && a.residual == a.part[0].y && a.ldr == a.part[0].ldy) *how = kBoxesAdd;
     for (int i = 0; i < a.n_parts; ++i)
         if (((uintptr_t)a.part[i].y & 15) || a.part[i].ldy * size % 16) *how = kBoxesNone;
     cudaError_t err = cudaSuccess;
@@ -1553,6 +1552,20 @@ __device__ __noinline__ float activate_smooth(float v, int act) { return smooth(
 __device__ __forceinline__ float activate(float v, int act) {
     if (act == kActNone) return v;
     return act == kActRelu ? fmaxf(v, 0.0f) : activate_smooth(v, act);
+}
+
+// Many at once: what they have in common is decided once.
+template <int N> __device__ __forceinline__ void activate(float2 (&v)[N], int act) {
+    if (act == kActRelu) {
+#pragma unroll
+        for (float2 &q : v) q = make_float2(fmaxf(q.x, 0.0f), fmaxf(q.y, 0.0f));
+    } else if (act == kActGelu) {
+#pragma unroll
+        for (float2 &q : v) q = make_float2(activate_smooth(q.x, act), activate_smooth(q.y, act));
+    } else if (act != kActNone) {
+#pragma unroll
+        for (float2 &q : v) q = gated(q, act);
+    }
 }
 
 __device__ __forceinline__ uint32_t half2_bits(float low, float high) {
@@ -1798,17 +1811,7 @@ struct PairOut {
             for (int j = 0; j < kBatch; ++j) v[j] = sum(i + min(j, left - 1));
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x * scale.x + bias.x, v[j].y * scale.y + bias.y);
-            if (act == kActRelu) {
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) v[j] = make_float2(fmaxf(v[j].x, 0.0f), fmaxf(v[j].y, 0.0f));
-            } else if (act == kActGelu) {
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j)
-                    v[j] = make_float2(activate_smooth(v[j].x, act), activate_smooth(v[j].y, act));
-            } else if (act != kActNone) {
-#pragma unroll
-                for (int j = 0; j < kBatch; ++j) v[j] = gated(v[j], act);
-            }
+            activate(v, act);
 #pragma unroll
             for (int j = 0; j < kBatch; ++j) v[j] = make_float2(v[j].x + add[j].x, v[j].y + add[j].y);
             if (!wide) {
@@ -2456,7 +2459,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 #pragma unroll
             for (int s = 0; s < 4 * kDeep; ++s)
                 wgmma(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
-                          s > 0 || step > first_step);
+                      s > 0 || step > first_step);
             wgmma_commit();
         };
         // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
@@ -2499,9 +2502,11 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         if constexpr (S::kWide)
             if (maps.boxes != kBoxesNone) {
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
-                YBoxes boxes(shared_address(shared + S::kSums) + warp / 4 * S::kBoxBytes, a.y_f32, 2 + kRows + warp / 4, box_count);
-                const int act = a.act, share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
-                const int first_group = (rank * S::kTurns + turn) * share, first_row = tile % m_tiles * kN + first_group * 8;
+                YBoxes boxes(shared_address(shared + S::kSums) + warp / 4 * S::kBoxBytes, a.y_f32, 2 + kRows + warp / 4,
+                             box_count);
+                const int share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
+                const int first_group = (rank * S::kTurns + turn) * share;
+                const int first_row = tile % m_tiles * kN + first_group * 8;
                 if (ranks > 1) {
                     consumer_sync<kThreads>(); // the ring is free, as nothing more is on its way
                     const uint32_t mine = x_stages + warp / 4 * S::kGroupSums + threadIdx.x % 128 * 16;
@@ -2557,16 +2562,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                     for (int p = 0; p < 2 * S::kChunk; ++p)
                         v[p] = make_float2(acc[p / 2 * 4 + p % 2] * scale.x + pair.bias.x,
                                            acc[p / 2 * 4 + 2 + p % 2] * scale.y + pair.bias.y);
-                    if (act == kActRelu) {
-#pragma unroll
-                        for (float2 &q : v) q = make_float2(fmaxf(q.x, 0.0f), fmaxf(q.y, 0.0f));
-                    } else if (act == kActGelu) {
-#pragma unroll
-                        for (float2 &q : v) q = make_float2(activate_smooth(q.x, act), activate_smooth(q.y, act));
-                    } else if (act != kActNone) {
-#pragma unroll
-                        for (float2 &q : v) q = gated(q, act);
-                    }
+                    activate(v, a.act);
                     if (maps.boxes == kBoxesBeside && pair.n_valid > 0) {
                         constexpr int kBatch = 8; // loads that are under way together
 #pragma unroll

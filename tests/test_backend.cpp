@@ -156,6 +156,19 @@ TEST_SUITE("backend") {
                 };
                 compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows");
             }
+        for (int32_t type : {BNB_NF4, BNB_INT8}) { // three weights that are multiplied together, none a whole number of tiles
+            auto build = [&](Net &net) {
+                Rng rng(3);
+                const int64_t M = 700, N = cuda ? 1456 : 20, K = 448;
+                bnb_quant q = bnb_quant_default(type);
+                q.threshold = 3.0f;
+                bnb_tensor *x = net.input({M, K}, rng.normals(M * K)), *y[3];
+                for (bnb_tensor *&part : y)
+                    part = bnb_linear(net.ctx, x, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
+                return std::vector<bnb_tensor *>{bnb_mul(net.ctx, y[0], y[1]), bnb_scale(net.ctx, y[2], 2)};
+            };
+            compare(build, 3e-5, 4e-3, type_name(type) + std::string(" three together"));
+        }
     }
 
     TEST_CASE("backend: attention, many spans and heads") {
