@@ -1264,7 +1264,6 @@ template <int kRows, int kBytes> struct Boxes {
 #define BNB__OUT_88(c, d, i) BNB__OUT_80(c, d, i), BNB__OUT_8(c, d, i + 80)
 #define BNB__OUT_96(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_32(c, d, i + 64)
 #define BNB__OUT_104(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_8(c, d, i + 96)
-#define BNB__OUT_112(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_16(c, d, i + 96)
 #define BNB__OUT_128(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_64(c, d, i + 64)
 
 // NAME(d, a, b, more): d [64, N] f32 += a [64, 16] f16 in registers * b [N, 16]^T, or where T is 1 b [16, N], f16 in shared
