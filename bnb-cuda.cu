@@ -1042,15 +1042,6 @@ __device__ __forceinline__ void tensor_copy(uint32_t to, const CUtensorMap *map,
                  : "memory");
 }
 
-// The same to the same place in all blocks of the cluster that `blocks` has a bit for, and to their barriers.
-__device__ __forceinline__ void tensor_multicast(uint32_t to, const CUtensorMap *map, int k, int m, uint32_t barrier,
-                                                 uint32_t blocks) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-                 "[%1, {%2, %3}], [%4], %5;" ::"r"(to),
-                 "l"(map), "r"(k), "r"(m), "r"(barrier), "h"((uint16_t)blocks)
-                 : "memory");
-}
-
 // From shared memory; what lies outside the tensor is left out. add: f32 sums, by the second-level cache.
 __device__ __forceinline__ void tensor_store(const CUtensorMap *map, int n, int m, uint32_t from, bool add) {
     if (add)
@@ -1069,14 +1060,6 @@ template <int kPending> __device__ __forceinline__ void wait_stores() {
 }
 // What threads wrote to shared memory is there for copies of tensors.
 __device__ __forceinline__ void fence_for_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-
-// At the barrier in the same place of another block of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %0, %1;\n"
-                 "mbarrier.arrive.shared::cluster.b64 _, [remote];}" ::"r"(barrier),
-                 "r"(rank)
-                 : "memory");
-}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t r;
@@ -1356,6 +1339,15 @@ template <class Call> cudaError_t box_maps(const Call &a, int box_rows, CUtensor
     return err;
 }
 
+// Whether to ask for the residual ahead of its use. Where it is y itself, the second-level cache adds, and asking costs
+// more than it brings unless y is too large to be there already.
+template <class Call> bool fetches_residual(const Call &a, HowBoxes how) {
+    int device = 0, cache_bytes = 0;
+    if (!a.residual || how != kBoxesAdd) return a.residual;
+    if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device)) return true;
+    return (double)a.M * a.ldr * 4 > cache_bytes * 0.625;
+}
+
 } // namespace ptx
 
 /* ==== [TILE4] ====================================================================================================
@@ -1388,8 +1380,8 @@ using namespace ptx;
 //     linear4_wgmma  Hopper, any M: two producers feed x (TMA) and tiles (bulk copies) to warpgroups, which decode into
 //                    the A registers of wgmma while the step before, or another warpgroup's, runs. absmax / row_scale
 //                    is multiplied into the f16 weights, so that the accumulators sum over all of K. K may be split
-//                    over the warpgroups of a block and over a cluster, or a cluster fetches x together. Tiles of many
-//                    rows leave as boxes (TMA) while the next one begins.
+//                    over the warpgroups of a block and over a cluster. Tiles of many rows leave as boxes (TMA) while
+//                    the next one begins.
 //     linear4_mma    sm_80, any M: the same with cp.async and mma.sync; every thread copies, and only the warps of a
 //                    block split K.
 // Dense f16 weights, M <= 8: linear16_small on Hopper, linear16_mma from sm_80 on. These two share only how x is staged:
@@ -1615,9 +1607,9 @@ template <int kStride> __device__ __forceinline__ void fill_table(char *table, c
 template <class F> __device__ __forceinline__ void decode_with(const uint4 &codes, uint32_t (&a)[16], F value) {
     const uint32_t word[4] = {codes.x, codes.y, codes.z, codes.w};
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
+    for (int j = 0; j < 4; ++j) // in this order the compiler asks the table early: tiles of 176 rows take 7 % less time
 #pragma unroll
-        for (int j = 0; j < 4; ++j) a[(i & 1) * 8 + (i >> 1) + 2 * j] = value(word[i], j);
+        for (int i = 0; i < 4; ++i) a[(i & 1) * 8 + (i >> 1) + 2 * j] = value(word[i], j);
 }
 
 // table: the shared address of a table with a stride of 128, and 4 * lane. Shared addresses save an addition for each.
@@ -2254,90 +2246,85 @@ constexpr int divisor_to(int n, int most) {
 struct WgmmaMaps {
     CUtensorMap x, y[3]; // y of each part
     HowBoxes boxes;
+    bool fetch; // the residual, ahead
 };
 
 // kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
-// split over the blocks of a cluster before. A step is kDeep groups of 64 columns, for all of the kSplit that do not take
-// turns. kBuffers 2: the next step is decoded while one is multiplied. kShare 2: two blocks with other rows of W make a
-// cluster and fetch x for each other.
-template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare> struct Wgmma {
+// split over the blocks of a cluster before. A step is kDeep groups of 64 columns for each of the kSplit. kBuffers 2:
+// the next step is decoded while one is multiplied.
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
-    // With many rows of x warpgroups that split K take steps in turns, and y leaves as boxes; with few a step is of all.
-    static constexpr bool kWide = kN > 64;
-    static constexpr int kTurns = kWide ? kSplit : 1;
+    // y leaves as boxes, but where few rows are divided among many warpgroups.
+    static constexpr bool kWide = kN > 64, kBoxed = kWide || (kN == 64 && kSplit == 2);
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
-    static constexpr int kRegisters = !kWide ? 0 : kWarps == 16 ? 112 : kWarps == 8 && kN > 128 ? 232 : 0;
+    static constexpr int kRegisters = kN > 128 ? 232 : 0;
     static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 64), kRowThreads = kRows * 128;
     static_assert(kRegisters * kWarps * 32 + 24 * 128 <= 65536 / kThreads / 8 * 8 * kThreads, "or they wait forever");
-    static constexpr int kStepGroups = kSplit / kTurns * kDeep;
+    static constexpr int kStepGroups = kSplit * kDeep;
     static constexpr int kStageX = kStepGroups * kN * kGroup * 2;   // f16 [kStepGroups][kN][64], 128-byte swizzle
     static constexpr int kStageW = kRows * kStepGroups * kTileBytes; // tiles [kRows][kStepGroups]
     // Boxes have kChunk times 8 rows. Each of the warpgroups that split K finishes its share of the rows, and gets the
     // other's sums of them through the memory of the boxes.
-    static constexpr int kMine = kN / 8 / kTurns, kChunk = divisor_to(kMine, 13);
-    static constexpr int kBoxBytes = kN * (kN == 256 ? 64 : kWide ? 128 : 256); // of a warpgroup
-    static_assert(kTurns <= 2);
+    static constexpr int kMine = max_of(kN / 8 / kSplit, 1), kChunk = divisor_to(kMine, 13);
+    static constexpr int kBoxBytes = kN * (kN == 256 ? 64 : kN > 96 || kSplit == 2 ? 128 : 256); // of a warpgroup
+    static_assert(!kBoxed || kSplit <= 2);
     // What warps and blocks have summed of y, for those that finish it: [kTogether][kSplit][kRowThreads] pairs.
     static constexpr int kPairs = kN / 4, kPairBytes = kSplit * kRowThreads * 8;
-    static constexpr int kTogether = min_of(kPairs, (kWide ? kWarps / 4 * kBoxBytes : kTableBytes) / kPairBytes);
-    // The table has gaps, for one instruction less, and sums lie in the gaps.
-    static constexpr int kSpread = kWide ? 1 : 2;
-    static_assert(kWide || kTogether * kPairBytes <= kTableBytes, "sums fit the gaps");
+    static constexpr int kTogether = min_of(kPairs, (kBoxed ? kWarps / 4 * kBoxBytes : kTableBytes) / kPairBytes);
+    // Where the ring stays deep enough the table has gaps, for one instruction less; without boxes sums lie in them.
+    static constexpr bool kRoomy = kN <= 128;
+    static constexpr int kSpread = kRoomy ? 2 : 1, kSumSpread = kBoxed ? 1 : 2;
+    static_assert(kBoxed || kTogether * kPairBytes <= kTableBytes, "sums fit the gaps");
     // Blocks that split K leave all their sums where the ring was: f32 [kWarps / 4][kN / 8][128 threads][4].
     static constexpr int kGroupSums = kN * 256;
-    static constexpr int kSumsAt = kWide ? kTableBytes : 128; // from the table; where there are boxes, they
-    static constexpr int kFixed = kWide ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
-    static constexpr int kStages = min_of(kWide ? 12 : 8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
-    static_assert(kStages >= (kWide ? 2 + kTurns : 3) && (2 * kStages + 1) * 8 <= kBarrierBytes);
+    static constexpr int kSumsAt = kBoxed ? kSpread * kTableBytes : 128; // from the table; where there are boxes, they
+    static constexpr int kFixed = kBoxed ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
+    static constexpr int kStages = min_of(kWide ? 10 : 8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
+    static_assert(kStages >= 3 && (3 * kStages + 1) * 8 <= kBarrierBytes);
     static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
-    static_assert(!kWide || kWarps / 4 * kGroupSums <= kSums);
+    static_assert(!kBoxed || kWarps / 4 * kGroupSums <= kSums);
     static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
-template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
-__global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>::kThreads, 1)
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers>
+__global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kThreads, 1)
     linear4_wgmma(const __grid_constant__ Linear4 a, const __grid_constant__ WgmmaMaps maps, int n_blocks) {
 #ifdef BNB__HOPPER
-    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
+    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers>;
     extern __shared__ __align__(1024) char shared[];
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32; // warp: in uniform registers
-    const int rank = kShare > 1 ? 0 : cluster_rank(), ranks = kShare > 1 ? 1 : cluster_size();
-    const int member = kShare > 1 ? cluster_rank() : 0;
+    const int rank = cluster_rank(), ranks = cluster_size();
 
     // Tiles of y with the same rows of W follow each other, so that W is read from memory once.
     const int groups = a.K / kGroup, all_steps = ceil_div(groups, S::kStepGroups);
     const int step0 = all_steps * rank / ranks, step1 = all_steps * (rank + 1) / ranks;
-    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows * kShare) * m_tiles;
-    const int tile0 = blockIdx.x / (ranks * kShare), tile_stride = gridDim.x / (ranks * kShare);
-    auto first_block = [&](int tile) { return (tile / m_tiles * kShare + member) * kRows; };
+    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows) * m_tiles;
+    const int tile0 = blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
+    auto first_block = [&](int tile) { return tile / m_tiles * kRows; };
 
-    const uint32_t full = shared_address(shared + S::kBarriers), empty = full + S::kStages * 8; // u64 [kStages] each
+    const uint32_t w_full = shared_address(shared + S::kBarriers); // barriers are u64, of these three [kStages] each
+    const uint32_t x_full = w_full + S::kStages * 8, empty = x_full + S::kStages * 8;
     const uint32_t x_first = empty + S::kStages * 8;
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         prefetch_map(&maps.x);
         for (int i = 0; i < S::kStages; ++i) {
-            barrier_init(full + i * 8, 2);
-            barrier_init(empty + i * 8, S::kWarps / S::kTurns * kShare);
+            barrier_init(w_full + i * 8, 1);
+            barrier_init(x_full + i * 8, 1);
+            barrier_init(empty + i * 8, S::kWarps * 32);
         }
         barrier_init(x_first, 1);
         barrier_init_fence();
     }
-    if (kShare > 1) cluster_sync(); // all can be written to
-    else __syncthreads();
+    __syncthreads();
     launch_dependents();
 
     int stage = 0;
     uint32_t parity = 0;
     auto advance = [&] {
         if (++stage == S::kStages) stage = 0, parity ^= 1;
-    };
-    auto move = [&](int n) { // -1, 0, 1 or kTurns stages
-        stage += n;
-        if (stage >= S::kStages) stage -= S::kStages, parity ^= 1;
-        if (stage < 0) stage += S::kStages, parity ^= 1;
     };
     if (warp >= S::kWarps) { // producers: one thread of these asks for weights, one for x
         if (S::kRegisters) asm volatile("setmaxnreg.dec.sync.aligned.u32 24;");
@@ -2346,28 +2333,24 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             const char *rows[kRows]; // the tiles of each block of 64 rows
             auto copy_tiles = [&](int to, int step) {
                 const uint32_t bytes = min(S::kStepGroups, groups - step * S::kStepGroups) * kTileBytes;
-                barrier_expect(full + to * 8, kRows * bytes);
+                barrier_expect(w_full + to * 8, kRows * bytes);
 #pragma unroll
                 for (int r = 0; r < kRows; ++r)
                     bulk_copy(w_stages + to * S::kStageW + r * S::kStepGroups * kTileBytes,
-                              rows[r] + step * (S::kStepGroups * kTileBytes), bytes, full + to * 8);
+                              rows[r] + step * (S::kStepGroups * kTileBytes), bytes, w_full + to * 8);
             };
             auto copy_x = [&](int to, int step, int m0) { // columns past K and rows past M arrive as zeros
-                barrier_expect(full + to * 8, S::kStageX);
+                barrier_expect(x_full + to * 8, S::kStageX);
 #pragma unroll
                 for (int i = 0; i < S::kStepGroups; ++i) {
                     const uint32_t at = x_stages + to * S::kStageX + i * (kN * kGroup * 2);
-                    const int k = (step * S::kStepGroups + i) * kGroup;
-                    if (kShare == 1) tensor_copy(at, &maps.x, k, m0, full + to * 8);
-                    else // a part of the rows, for all
-                        tensor_multicast(at + member * (kN / kShare * 128), &maps.x, k, m0 + member * (kN / kShare),
-                                         full + to * 8, (1 << kShare) - 1);
+                    tensor_copy(at, &maps.x, (step * S::kStepGroups + i) * kGroup, m0, x_full + to * 8);
                 }
             };
             // Of the residual that the tile will need, what belongs to one step's share of its rows goes to the second
             // level cache. Only one weight has a residual.
             const int ahead = ceil_div(kN, step1 - step0);
-            const bool fetches = a.residual && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
+            const bool fetches = maps.fetch && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
             if (!weights) wait_for_prior_kernel(); // which weights do not depend on
             int copies = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
@@ -2399,15 +2382,14 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
     constexpr int kThreads = S::kWarps * 32;
     if (S::kRegisters) asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(S::kRegisters ? S::kRegisters : 24));
     for (int i = threadIdx.x; i < 512; i += kThreads) fill_table<128 * S::kSpread>(shared + S::kTable, a.map, i);
-    wait_for_prior_kernel();
     consumer_sync<kThreads>();
 
     // Addresses are kept, not computed in each step anew.
     uint32_t bank = lane * 4, table = shared_address(shared + S::kTable) + bank;
-    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + (S::kWide ? 0 : split * kDeep)) * kTileBytes +
+    uint32_t codes0 = w_stages + (row_warp / 4 * S::kStepGroups + split * kDeep) * kTileBytes +
                       row_warp % 4 * kUnitBytes + lane * 16;
-    uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8, arrives = lane == 0;
-    asm volatile("" : "+r"(bank), "+r"(table), "+r"(codes0), "+r"(absmax0), "+r"(arrives));
+    uint32_t absmax0 = codes0 - lane * 16 + kCodeBytes + g * 8;
+    asm volatile("" : "+r"(bank), "+r"(table), "+r"(codes0), "+r"(absmax0));
     float acc[kN / 2]; // rows 2 g (+ 1) of the warp's unit, rows 8 i + 2 t (+ 1) of x
     using YBoxes = Boxes<S::kChunk * 8, S::kBoxBytes>;
     uint32_t box_count = 0;
@@ -2421,90 +2403,96 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 
         uint4 codes[kDeep];
         float2 absmax[kDeep];
-        // Of those that take steps in turns each has every second stage, in each tile from the first or second on.
-        const int turn = S::kTurns > 1 ? split : 0, first_step = step0 + turn;
-        move(turn);
         int use = stage; // the stage whose x is multiplied next; take() is ahead of it
+        uint32_t use_parity = parity;
         auto take = [&](int step) { // the weights of a step once they are there
-            barrier_wait(full + stage * 8, parity);
+            barrier_wait(w_full + stage * 8, parity);
 #pragma unroll
             for (int d = 0; d < kDeep; ++d) {
                 codes[d] = load_shared4(codes0 + stage * S::kStageW + d * kTileBytes);
                 absmax[d] = load_shared2(absmax0 + stage * S::kStageW + d * kTileBytes);
-                if (S::kStepGroups > 1 && step * S::kStepGroups + (S::kWide ? 0 : split * kDeep) + d >= groups)
+                if (S::kStepGroups > 1 && step * S::kStepGroups + split * kDeep + d >= groups)
                     absmax[d] = make_float2(0, 0); // past K: x is zero
             }
-            move(S::kTurns);
+            advance();
         };
-        auto expand = [&](uint32_t(&f)[kDeep][16]) {
+        // f: A fragments of a step. First its pairs are looked up, then they get their scales. Tiles of up to 128 rows
+        // take as long as this chain: there the next codes are taken while the table answers. Larger ones lose by it.
+        __half2 scales[kDeep]; // of rows 2 g and 2 g + 1
+        auto look_up = [&](uint32_t(&f)[kDeep][16]) {
 #pragma unroll
             for (int d = 0; d < kDeep; ++d) {
                 if constexpr (S::kSpread == 2) decode(codes[d], shared + S::kTable, bank, f[d]);
                 else decode(codes[d], table, f[d]);
-                const __half2 both = __floats2half2_rn(absmax[d].x * inverse0, absmax[d].y * inverse1);
-                const __half2 scale0 = __low2half2(both), scale1 = __high2half2(both);
+                scales[d] = __floats2half2_rn(absmax[d].x * inverse0, absmax[d].y * inverse1);
+            }
+        };
+        auto ask_now = [&](uint32_t(&f)[kDeep][16]) { // not where they are used
 #pragma unroll
-                for (int i = 0; i < 16; ++i) {
-                    const __half2 v = __hmul2(*(const __half2 *)&f[d][i], i & 1 ? scale1 : scale0);
-                    f[d][i] = *(const uint32_t *)&v;
-                }
+            for (int i = 0; i < kDeep * 16; ++i) asm volatile("" : "+r"(f[i / 16][i % 16]));
+        };
+        auto scale_up = [&](uint32_t(&f)[kDeep][16]) {
+#pragma unroll
+            for (int i = 0; i < kDeep * 16; ++i) {
+                const __half2 both = scales[i / 16], v = *(const __half2 *)&f[i / 16][i % 16];
+                const __half2 w = __hmul2(v, i & 1 ? __high2half2(both) : __low2half2(both));
+                f[i / 16][i % 16] = *(const uint32_t *)&w;
             }
         };
         auto multiply = [&](uint32_t(&f)[kDeep][16], int step) {
             // 128-byte swizzle, 8 rows of x are 1024 bytes; a k16 step is 32 bytes on
-            const uint32_t x = x_stages + use * S::kStageX + (S::kWide ? 0 : split * (kDeep * kN * kGroup * 2));
+            const uint32_t x = x_stages + use * S::kStageX + split * (kDeep * kN * kGroup * 2);
             const uint64_t b = 1ull << 62 | 64ull << 32 | 1ull << 16 | (x & 0x3ffff) >> 4;
+            barrier_wait(x_full + use * 8, use_parity);
             wgmma_fence();
 #pragma unroll
             for (int s = 0; s < 4 * kDeep; ++s)
                 wgmma(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
-                      s > 0 || step > first_step);
+                      s > 0 || step > step0);
             wgmma_commit();
         };
         // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
         // busy.
         uint32_t f[kBuffers][kDeep][16];
-        constexpr int kStep = S::kTurns;
-        take(first_step); // there are as many steps as turns, at least
+        take(step0);
         if (kBuffers == 2) {
-            expand(f[0]);
-            if (first_step + kStep < step1) take(first_step + kStep);
+            look_up(f[0]), scale_up(f[0]);
+            if (step0 + 1 < step1) take(step0 + 1);
         }
-        for (int step = first_step; step < step1; step += kBuffers * kStep) {
+        for (int step = step0; step < step1; step += kBuffers) {
 #pragma unroll
             for (int i = 0; i < kBuffers; ++i) {
-                const int now = step + i * kStep;
+                const int now = step + i;
                 if (now >= step1) break;
-                if (kBuffers == 1) expand(f[0]);
+                if (kBuffers == 1) look_up(f[0]), scale_up(f[0]);
                 const int running = use;
                 multiply(f[i], now);
-                use += kStep;
-                if (use >= S::kStages) use -= S::kStages;
-                if (kBuffers == 2 && now + kStep < step1) expand(f[i ^ 1]);
-                if (now + (kBuffers == 2 ? 2 : 1) * kStep < step1) take(now + (kBuffers == 2 ? 2 : 1) * kStep);
+                if (++use == S::kStages) use = 0, use_parity ^= 1;
+                if (kBuffers == 2 && now + 1 < step1) {
+                    look_up(f[i ^ 1]);
+                    if (S::kRoomy) ask_now(f[i ^ 1]);
+                    else scale_up(f[i ^ 1]);
+                }
+                if (now + kBuffers < step1) take(now + kBuffers);
+                if (kBuffers == 2 && S::kRoomy && now + 1 < step1) scale_up(f[i ^ 1]);
                 wgmma_wait<0>();
-                __syncwarp(); // all lanes have read the stage
-                if (arrives) barrier_arrive(empty + running * 8);
-                if (kShare > 1 && arrives) barrier_arrive_at(empty + running * 8, member ^ 1);
+                barrier_arrive(empty + running * 8); // every lane for what it has read; one for all is no faster
             }
         }
-        if (S::kTurns > 1) { // to where the next tile starts
-            const int steps = step1 - step0;
-            move(steps - (steps - turn + 1) / 2 * 2 - turn);
-        }
+        wait_for_prior_kernel(); // which may use y and the residual; weights do not depend on it, and x was waited for
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
         // of the tile. The 8 lanes of a row of x write 64 bytes that follow each other.
         const Linear4Part &out = a.part[rows.part];
         const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
         const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale);
-        if constexpr (S::kWide)
+        if constexpr (S::kBoxed)
             if (maps.boxes != kBoxesNone) {
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
                 YBoxes boxes(shared_address(shared + S::kSums) + warp / 4 * S::kBoxBytes, a.y_f32, 2 + kRows + warp / 4,
                              box_count);
                 const int share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
-                const int first_group = (rank * S::kTurns + turn) * share;
+                const int first_group = (rank * kSplit + split) * share;
                 const int first_row = tile % m_tiles * kN + first_group * 8;
                 if (ranks > 1) {
                     consumer_sync<kThreads>(); // the ring is free, as nothing more is on its way
@@ -2513,9 +2501,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                     for (int i = 0; i < kN / 8; ++i)
                         store_shared4(mine + i * 2048, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]});
                     cluster_sync();
-                } else if constexpr (S::kTurns > 1) { // each gives away the other's half of the rows
+                } else if constexpr (kSplit > 1) { // each gives away the other's half of the rows
                     const uint32_t mine = boxes.base + threadIdx.x % 128 * 16;
-                    const uint32_t theirs = mine + (turn ? -kRows : kRows) * S::kBoxBytes;
+                    const uint32_t theirs = mine + (split ? -kRows : kRows) * S::kBoxBytes;
                     constexpr int kHalf = kN / 4;
                     boxes.drain();
                     named_barrier(boxes.barrier, 128);
@@ -2524,19 +2512,19 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
                         float give[4];
 #pragma unroll
                         for (int j = 0; j < 4; ++j) {
-                            give[j] = turn ? acc[i + j] : acc[i + j + kHalf];
-                            acc[i + j] = turn ? acc[i + j + kHalf] : acc[i + j];
+                            give[j] = split ? acc[i + j] : acc[i + j + kHalf];
+                            acc[i + j] = split ? acc[i + j + kHalf] : acc[i + j];
                         }
                         store_shared4(mine + i * 512, {give[0], give[1], give[2], give[3]});
                     }
-                    named_barrier(2 + row_warp / 4, S::kTurns * 128);
+                    named_barrier(2 + row_warp / 4, kSplit * 128);
 #pragma unroll
                     for (int i = 0; i < kHalf; i += 4) {
                         const uint4 got = load_shared4(theirs + i * 512);
                         acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
                         acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
                     }
-                    named_barrier(2 + row_warp / 4, S::kTurns * 128);
+                    named_barrier(2 + row_warp / 4, kSplit * 128);
                 }
 #pragma unroll 1
                 for (int c = 0; c * S::kChunk < share && first_row + c * (S::kChunk * 8) < a.M; ++c) {
@@ -2546,12 +2534,12 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
 #pragma unroll
                         for (int i = 0; i < S::kChunk * 4; ++i) acc[i] = 0;
 #pragma unroll 1
-                        for (int k = 0; k < ranks * S::kTurns; ++k)
+                        for (int k = 0; k < ranks * kSplit; ++k)
 #pragma unroll
                             for (int i = 0; i < S::kChunk; ++i) {
                                 if (c * S::kChunk + i >= share) break;
                                 const float4 q = cluster_load4(
-                                    from + k % S::kTurns * (kRows * S::kGroupSums) + i * 2048, k / S::kTurns);
+                                    from + k % kSplit * (kRows * S::kGroupSums) + i * 2048, k / kSplit);
                                 acc[4 * i] += q.x, acc[4 * i + 1] += q.y, acc[4 * i + 2] += q.z, acc[4 * i + 3] += q.w;
                             }
                     }
@@ -2588,9 +2576,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
         // They go through shared memory, which has an index at run time, and where the parts of a sum meet. The pairs
         // are dealt to the warpgroups with these rows, in all blocks; without others a lane reads what it wrote.
         // A warp's 32 pairs are 256 bytes, or with gaps twice 128.
-        constexpr int kPairAt = S::kPairBytes * S::kSpread, kSplitAt = S::kRowThreads * 8 * S::kSpread;
-        const uint32_t meet = shared_address(shared + S::kSums) + row_warp * (256 * S::kSpread) +
-                              lane / 16 * (128 * S::kSpread) + lane % 16 * 8;
+        constexpr int kPairAt = S::kPairBytes * S::kSumSpread, kSplitAt = S::kRowThreads * 8 * S::kSumSpread;
+        const uint32_t meet = shared_address(shared + S::kSums) + row_warp * (256 * S::kSumSpread) +
+                              lane / 16 * (128 * S::kSumSpread) + lane % 16 * 8;
         const int dealt = ranks * kSplit, own = rank * kSplit + split;
         auto sync = [&] {
             if (ranks > 1) cluster_sync();
@@ -2629,8 +2617,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kSha
             sync();
         }
     }
-    if (S::kWide) YBoxes::drain();
-    if (kShare > 1) cluster_sync(); // none leaves while others write to it
+    if (S::kBoxed) YBoxes::drain();
 #endif
 }
 
@@ -3007,17 +2994,18 @@ template <int kUnits, int kGroups> constexpr SmallKernel small_kernel(bool littl
 }
 
 struct WgmmaKernel {
-    int n, rows, groups, turns, share; // groups: of a step
-    int step_ns, tile_ns, f32_ns;      // of a step, of a tile beside its steps, and if y is f32: fitted to an H200's times
-    int threads, shared, box_rows;     // box_rows: of y, 0 where it does not leave as boxes
+    int n, rows, groups, split; // groups: of a step
+    int step_ns, tile_ns, f32_ns; // of a step, of a tile beside its steps, and if y is f32: fitted so that the choice
+                                  // is the best by an H200's times
+    int threads, shared, box_rows; // box_rows: of y, 0 where it does not leave as boxes
     void (*kernel)(Linear4, WgmmaMaps, int);
 };
-template <int kN, int kRows, int kSplit, int kDeep, int kBuffers, int kShare>
+template <int kN, int kRows, int kSplit, int kDeep, int kBuffers>
 constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns, int f32_ns) {
-    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>;
-    return {kN,      kRows,  S::kStepGroups, S::kTurns,  kShare,
-            step_ns, tile_ns, f32_ns,        S::kThreads, S::kShared, S::kWide ? S::kChunk * 8 : 0,
-            linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers, kShare>};
+    using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers>;
+    return {kN,      kRows,  S::kStepGroups, kSplit,
+            step_ns, tile_ns, f32_ns,        S::kThreads, S::kShared, S::kBoxed ? S::kChunk * 8 : 0,
+            linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers>};
 }
 
 struct MmaKernel {
@@ -3038,13 +3026,12 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1, 1>(670, 2460, 280),   wgmma_kernel<16, 2, 2, 2, 1, 1>(577, 2760, 60),
-    wgmma_kernel<32, 1, 4, 2, 1, 1>(723, 2840, 90),    wgmma_kernel<32, 2, 2, 2, 1, 1>(654, 3190, 0),
-    wgmma_kernel<64, 1, 4, 1, 1, 1>(514, 4130, 90),    wgmma_kernel<64, 2, 2, 1, 1, 1>(463, 4470, 640),
-    wgmma_kernel<96, 2, 2, 1, 1, 1>(335, 3570, 1330),  wgmma_kernel<128, 1, 2, 1, 2, 1>(276, 2490, 3110),
-    wgmma_kernel<128, 2, 2, 1, 1, 1>(398, 4130, 1520), wgmma_kernel<128, 2, 2, 1, 1, 2>(395, 4220, 1510),
-    wgmma_kernel<176, 2, 1, 1, 2, 2>(519, 4210, 1190), wgmma_kernel<208, 2, 1, 1, 2, 1>(521, 4480, 1580),
-    wgmma_kernel<256, 2, 1, 1, 2, 1>(689, 5110, 0),
+    wgmma_kernel<16, 1, 4, 2, 1>(716, 430, 120),   wgmma_kernel<16, 2, 2, 2, 1>(598, 820, 470),
+    wgmma_kernel<32, 1, 4, 2, 1>(705, 1340, 190),  wgmma_kernel<32, 2, 2, 2, 1>(681, 590, 240),
+    wgmma_kernel<64, 1, 4, 1, 1>(652, 670, 390),   wgmma_kernel<64, 2, 2, 1, 1>(533, 1180, 140),
+    wgmma_kernel<96, 2, 1, 1, 2>(389, 780, 580),   wgmma_kernel<128, 2, 1, 1, 2>(420, 1020, 340),
+    wgmma_kernel<176, 2, 1, 1, 2>(548, 210, 260),  wgmma_kernel<208, 2, 1, 1, 2>(588, 290, 3100),
+    wgmma_kernel<256, 2, 1, 1, 2>(756, 500, 2070),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3110,15 +3097,15 @@ cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &
 // cluster: blocks that split K.
 cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
     WgmmaMaps maps = {};
-    cudaError_t err = tensor_map(&maps.x, 2, a.x, a.K, a.M, a.ldx * 2, k.n / k.share);
+    cudaError_t err = tensor_map(&maps.x, 2, a.x, a.K, a.M, a.ldx * 2, k.n);
     if (k.box_rows && err == cudaSuccess)
-        err = box_maps(a, std::min(k.box_rows, k.n / (k.turns * cluster)), maps.y, &maps.boxes);
+        err = box_maps(a, std::min(k.box_rows, k.n / (k.split * cluster)), maps.y, &maps.boxes);
     if (err != cudaSuccess) return err;
-    const int n_blocks = total_blocks(a), size = cluster * k.share; // one of them is 1
-    const int tiles = ceil_div(n_blocks, k.rows * k.share) * ceil_div(a.M, k.n);
+    maps.fetch = fetches_residual(a, maps.boxes);
+    const int n_blocks = total_blocks(a), tiles = ceil_div(n_blocks, k.rows) * ceil_div(a.M, k.n);
     // Blocks that split K take one tile; others stay and take one after the other.
-    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm / size);
-    return launch(stream, k.kernel, clusters * size, k.threads, k.shared, size, pdl, a, maps, n_blocks);
+    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm);
+    return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, maps, n_blocks);
 }
 
 cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
@@ -3159,18 +3146,22 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
     const WgmmaKernel *best = nullptr;
     long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels) {
-        if (k.box_rows && a.M <= 64) continue; // these never win there
+        if (k.n > 64 && a.M <= 64) continue; // these never win there
         for (int split = 1; split <= 8; split *= 2) {
             const int steps = ceil_div(a.K / kGroup, k.groups);
-            const int blocks = ceil_div(total_blocks(a), k.rows * k.share) * k.share * ceil_div(a.M, k.n) * split;
+            const int blocks = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n) * split;
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
-            if (split * k.turns > steps || (k.box_rows && k.n % (8 * split * k.turns))) continue;
-            if (split > 1 && (k.share > 1 || blocks > room)) continue;
-            const int meeting = k.box_rows ? split == 2 ? 2800 : split == 4 ? 4200 : 7600
-                                           : split == 2 ? 2700 : split == 4 ? 4600 : 9000;
-            const long tile_ns = ceil_div(steps, split) * k.step_ns + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
-            const long ns = ceil_div(blocks, a.n_sm) * tile_ns + (split > 1 ? meeting : 0);
+            if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
+            if (split > 1 && blocks > room) continue;
+            const int meeting = k.box_rows ? split == 2 ? 3600 : split == 4 ? 5200 : 9800
+                                           : split == 2 ? 2500 : split == 4 ? 4600 : 7700;
+            // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
+            const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
+            const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;
+            const long steps_ns = (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns);
+            const long tile_ns = steps_ns + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
+            const long ns = 1500 + ceil_div(blocks, a.n_sm) * tile_ns + (split > 1 ? meeting : 0);
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     }
@@ -3733,31 +3724,13 @@ __device__ inline float scaled8(int sum, float sca, float scb, float bias) {
     return fmaf(__fmul_rn(__fmul_rn((float)sum, sca), scb), dequant8, bias);
 }
 
-__device__ inline float activate8(int act, float v) { /* numbered as tile4's */
-    return act == 0 ? v : act == 1 ? fmaxf(v, 0.0f) : tile4::smooth(v, act);
-}
-template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N]) {
-    constexpr int step = 4;
-    if (act == 1) {
+template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N]) { /* numbered as tile4's */
+    float2 pairs[N / 2];
 #pragma unroll
-        for (int i = 0; i < N; i++) v[i] = fmaxf(v[i], 0.0f);
-    } else if (act == 2) {
-        /* Registers have no index at run time, and unrolled the code would be too long for the instruction cache: they
-         * go round. */
-#pragma unroll 1
-        for (int r = 0; r < N / step; r++) {
-            float u[step];
+    for (int i = 0; i < N / 2; i++) pairs[i] = make_float2(v[2 * i], v[2 * i + 1]);
+    tile4::activate(pairs, act);
 #pragma unroll
-            for (int i = 0; i < step; i++) u[i] = tile4::smooth(v[i], tile4::kActGelu);
-#pragma unroll
-            for (int i = 0; i < N - step; i++) v[i] = v[i + step];
-#pragma unroll
-            for (int i = 0; i < step; i++) v[N - step + i] = u[i];
-        }
-    } else if (act) {
-#pragma unroll
-        for (int i = 0; i < N; i++) v[i] = tile4::gated(v[i], act);
-    }
+    for (int i = 0; i < N / 2; i++) v[2 * i] = pairs[i].x, v[2 * i + 1] = pairs[i].y;
 }
 
 /* A warp has 16 rows of W and, 8 at a time, rows of x; v[i] of a lane is y of W's row n[i / 2] and x's row 2 t + i % 2,
@@ -4109,7 +4082,8 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
 #pragma unroll
             for (int i = 0; i < skinny8_warps; i++) more += out[(i * M + m_out) * 16 + e_out % 16];
         }
-        const float v = activate8(l.act, scaled8(total, absmax[m_out], scb, bias) + more * (scb * weight8)) + residual;
+        const float product = scaled8(total, absmax[m_out], scb, bias) + more * (scb * weight8);
+        const float v = tile4::activate(product, l.act) + residual;
         const long at = m_out * l.part[part].ldy + n_out;
         if (l.y_f32) ((float *)l.part[part].y)[at] = v;
         else ((__half *)l.part[part].y)[at] = __float2half_rn(v);
@@ -4208,6 +4182,7 @@ struct Gemm8 {
     int m_tiles, chunks, cluster;
     int mine;   /* of a tile's groups of 8 rows of x each block of a cluster finishes so many */
     HowBoxes boxes;
+    bool fetch; /* the residual, ahead */
     int listed; /* outlier columns: 0 there are none, 1 in s.list, 2 in s.few */
 };
 
@@ -4254,7 +4229,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
 
     if (tid == 0) {
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
-        barrier_init(side_full, gemm8_side), barrier_init(side_empty, 8);
+        barrier_init(side_full, gemm8_side), barrier_init(side_empty, 256);
         barrier_init_fence();
     }
     __syncthreads();
@@ -4294,7 +4269,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 for (int i = i0; i < n_words; i += gemm8_side) mask[i] = 0;
             const auto prefetch = [&](int tile) {
                 const int part = part_of(tile), n0 = column_of(tile, part), m0 = tile % p.m_tiles * BX;
-                if (!l.residual) return;
+                if (!p.fetch) return;
                 for (int i = i0; i < 8 * (j1 - j0) * 4; i += gemm8_side) {
                     const int m = m0 + 8 * j0 + i / 4, n = n0 + i % 4 * 32;
                     if (m < l.M && n < l.part[part].N) prefetch_l2(l.residual + m * l.ldr + n);
@@ -4516,8 +4491,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             }
             if (j + G < j1) fetch_residual(m + 8 * G + 2 * t); /* not before: boxes wait for all that is on its way */
         }
-        __syncwarp();
-        if (lane == 0) barrier_arrive(side_empty);
+        barrier_arrive(side_empty); /* every lane for what it has read */
     }
     if (S::box_rows) YBoxes::drain();
 #endif
@@ -4545,6 +4519,7 @@ template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Lin
     p.boxes = kBoxesNone;
     if (!e && boxes) e = box_maps(l, Gemm8Shape<BX>::box_rows, p.y, &p.boxes);
     if (e) return e;
+    p.fetch = fetches_residual(l, p.boxes);
     p.first[0] = 0;
     for (int i = 0; i < 3; i++)
         p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + gemm8_rows - 1) / gemm8_rows : 0);

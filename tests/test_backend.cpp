@@ -123,53 +123,56 @@ TEST_SUITE("backend") {
         }
     }
 
-    TEST_CASE("backend: products of many tiles, large") { // shapes that choose a GPU's kernels of each width, and that divide K
+    // Shapes that choose a GPU's kernels of each width, and that divide K.
+    void many_tiles(int32_t type) {
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        const int64_t shapes[][3] = {{12, 304, 2112},   {77, 3088, 704},   {620, 208, 320},  {1248, 208, 704}, {1248, 208, 2112}, {60, 8688, 1344},
-                                     {77, 8688, 1344},  {500, 2096, 1344}, {400, 1296, 3776}, {300, 8688, 192}, {300, 8699, 128},  {100, 8688, 2112},
-                                     {1248, 1600, 256}, {1248, 4304, 448}, {100, 4304, 5120}, {300, 8688, 128}, {1248, 4304, 128}, {200, 4304, 3776},
-                                     {250, 8688, 192},  {200, 3088, 5120}, {70, 208, 128}};
+        const int64_t shapes[][3] = {{12, 208, 128}, {12, 208, 3776}, {20, 1040, 3776}, {12, 8688, 1344}, {20, 4304, 1344},
+                                     {50, 1040, 5120}, {1248, 208, 704}, {900, 208, 3776}, {77, 3088, 704}, {250, 2096, 192},
+                                     {100, 1296, 3776}, {40, 8688, 128}, {60, 8688, 1344}, {40, 8688, 128}, {70, 8688, 448},
+                                     {400, 1296, 3776}, {1248, 208, 5120}, {300, 8688, 448}, {100, 8688, 448}, {300, 8688, 448},
+                                     {300, 8688, 128}, {100, 4304, 128}, {300, 8699, 128}, {1248, 4304, 128}, {200, 8688, 320},
+                                     {100, 4304, 5120}, {250, 8688, 320}, {250, 8688, 320}, {250, 8688, 192}, {100, 4304, 128}};
         enum { TO_ROWS, IN_PLACE, TO_PRODUCT, WAYS }; // where y goes: added to rows elsewhere, to its own, or f16 that is multiplied
-        for (int32_t type : {BNB_NF4, BNB_INT8})
-            for (size_t i = 0; i < std::size(shapes); i++) {
-                const int64_t *s = shapes[i];
-                auto build = [&](Net &net) {
-                    Rng rng(i);
-                    const int64_t M = s[0], N = cuda ? s[1] : 20, K = s[2];
-                    bnb_quant q = bnb_quant_default(type);
-                    q.threshold = 4.0f;
-                    auto many = [&](int64_t n, double scale) { // again and again from a prime number of them: normals take their time
-                        const Floats some = rng.normals(65521, scale);
-                        Floats all(static_cast<size_t>(n));
-                        for (size_t k = 0; k < all.size(); k++) all[k] = some[k % some.size()];
-                        return all;
-                    };
-                    bnb_tensor *x = net.input({M, K}, many(M * K, 1)), *r = net.input({M, N}, many(M * N, 1), "r");
-                    bnb_tensor *y = bnb_linear(net.ctx, x, net.weight(type, {N, K}, many(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
-                    const size_t way = (i + (type == BNB_INT8)) % WAYS;
-                    if (way == IN_PLACE) return std::vector<bnb_tensor *>{bnb_add(net.ctx, bnb_scale(net.ctx, r, 2), y)};
-                    y = i % 2 ? bnb_relu(net.ctx, y) : i % 4 ? bnb_silu(net.ctx, y) : bnb_gelu_tanh(net.ctx, y);
-                    if (way == TO_ROWS) return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, y)};
-                    return std::vector<bnb_tensor *>{bnb_linear(net.ctx, y, net.weight(BNB_F16, {24, N}, many(24 * N, 0.1)), nullptr)};
-                };
-                compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows");
-            }
-        for (int32_t type : {BNB_NF4, BNB_INT8}) { // three weights that are multiplied together, none a whole number of tiles
+        for (size_t i = 0; i < std::size(shapes); i++) {
+            const int64_t *s = shapes[i];
             auto build = [&](Net &net) {
-                Rng rng(3);
-                const int64_t M = 700, N = cuda ? 1456 : 20, K = 448;
+                Rng rng(i);
+                const int64_t M = s[0], N = cuda ? s[1] : 20, K = s[2];
                 bnb_quant q = bnb_quant_default(type);
-                q.threshold = 3.0f;
-                bnb_tensor *x = net.input({M, K}, rng.normals(M * K)), *y[3];
-                for (bnb_tensor *&part : y)
-                    part = bnb_linear(net.ctx, x, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
-                return std::vector<bnb_tensor *>{bnb_mul(net.ctx, y[0], y[1]), bnb_scale(net.ctx, y[2], 2)};
+                q.threshold = 4.0f;
+                auto many = [&](int64_t n, double scale) { // again and again from a prime number of them: normals take their time
+                    const Floats some = rng.normals(65521, scale);
+                    Floats all(static_cast<size_t>(n));
+                    for (size_t k = 0; k < all.size(); k++) all[k] = some[k % some.size()];
+                    return all;
+                };
+                bnb_tensor *x = net.input({M, K}, many(M * K, 1)), *r = net.input({M, N}, many(M * N, 1), "r");
+                bnb_tensor *y = bnb_linear(net.ctx, x, net.weight(type, {N, K}, many(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
+                const size_t way = (i + (type == BNB_INT8)) % WAYS;
+                if (way == IN_PLACE) return std::vector<bnb_tensor *>{bnb_add(net.ctx, bnb_scale(net.ctx, r, 2), y)};
+                y = i % 2 ? bnb_relu(net.ctx, y) : i % 4 ? bnb_silu(net.ctx, y) : bnb_gelu_tanh(net.ctx, y);
+                if (way == TO_ROWS) return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, y)};
+                return std::vector<bnb_tensor *>{bnb_linear(net.ctx, y, net.weight(BNB_F16, {24, N}, many(24 * N, 0.1)), nullptr)};
             };
-            compare(build, 3e-5, 4e-3, type_name(type) + std::string(" three together"));
+            compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows");
         }
+        // three weights that are multiplied together, none a whole number of tiles
+        auto build = [&](Net &net) {
+            Rng rng(3);
+            const int64_t M = 700, N = cuda ? 1456 : 20, K = 448;
+            bnb_quant q = bnb_quant_default(type);
+            q.threshold = 3.0f;
+            bnb_tensor *x = net.input({M, K}, rng.normals(M * K)), *y[3];
+            for (bnb_tensor *&part : y)
+                part = bnb_linear(net.ctx, x, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
+            return std::vector<bnb_tensor *>{bnb_mul(net.ctx, y[0], y[1]), bnb_scale(net.ctx, y[2], 2)};
+        };
+        compare(build, 3e-5, 4e-3, type_name(type) + std::string(" three together"));
     }
+    TEST_CASE("backend: products of many tiles (4-bit), large") { many_tiles(BNB_NF4); }
+    TEST_CASE("backend: products of many tiles (int8), large") { many_tiles(BNB_INT8); }
 
     TEST_CASE("backend: attention, many spans and heads") {
         for (uint64_t seed = 0; seed < 60; seed++) {
