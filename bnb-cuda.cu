@@ -1340,12 +1340,12 @@ template <class Call> cudaError_t box_maps(const Call &a, int box_rows, CUtensor
 }
 
 // Whether to ask for the residual ahead of its use. Where it is y itself, the second-level cache adds, and asking costs
-// more than it brings unless y is too large to be there already.
+// more than it brings, unless y is too large to lie there still, beside x.
 template <class Call> bool fetches_residual(const Call &a, HowBoxes how) {
     int device = 0, cache_bytes = 0;
     if (!a.residual || how != kBoxesAdd) return a.residual;
     if (cudaGetDevice(&device) || cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, device)) return true;
-    return (double)a.M * a.ldr * 4 > cache_bytes * 0.625;
+    return (double)a.M * (a.ldr * 4 + a.K * 2) > cache_bytes * 0.625;
 }
 
 } // namespace ptx
@@ -3026,12 +3026,12 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1>(716, 430, 120),   wgmma_kernel<16, 2, 2, 2, 1>(598, 820, 470),
-    wgmma_kernel<32, 1, 4, 2, 1>(705, 1340, 190),  wgmma_kernel<32, 2, 2, 2, 1>(681, 590, 240),
-    wgmma_kernel<64, 1, 4, 1, 1>(652, 670, 390),   wgmma_kernel<64, 2, 2, 1, 1>(533, 1180, 140),
-    wgmma_kernel<96, 2, 1, 1, 2>(389, 780, 580),   wgmma_kernel<128, 2, 1, 1, 2>(420, 1020, 340),
-    wgmma_kernel<176, 2, 1, 1, 2>(548, 210, 260),  wgmma_kernel<208, 2, 1, 1, 2>(588, 290, 3100),
-    wgmma_kernel<256, 2, 1, 1, 2>(756, 500, 2070),
+    wgmma_kernel<16, 1, 4, 2, 1>(643, 1180, 130),  wgmma_kernel<16, 2, 2, 2, 1>(657, 820, 190),
+    wgmma_kernel<32, 1, 4, 2, 1>(701, 1320, 100),  wgmma_kernel<32, 2, 2, 2, 1>(671, 2030, 250),
+    wgmma_kernel<64, 1, 4, 1, 1>(547, 2840, 1270), wgmma_kernel<64, 2, 2, 1, 1>(476, 2400, 530),
+    wgmma_kernel<96, 2, 1, 1, 2>(379, 770, 710),   wgmma_kernel<128, 2, 1, 1, 2>(418, 440, 830),
+    wgmma_kernel<176, 2, 1, 1, 2>(534, 150, 1110), wgmma_kernel<208, 2, 1, 1, 2>(574, 280, 3230),
+    wgmma_kernel<256, 2, 1, 1, 2>(729, 1260, 3060),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3154,8 +3154,8 @@ const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
             if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
             if (split > 1 && blocks > room) continue;
-            const int meeting = k.box_rows ? split == 2 ? 3600 : split == 4 ? 5200 : 9800
-                                           : split == 2 ? 2500 : split == 4 ? 4600 : 7700;
+            const int meeting = k.box_rows ? split == 2 ? 3400 : split == 4 ? 5400 : 9000
+                                           : split == 2 ? 2400 : split == 4 ? 4200 : 5300;
             // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
             const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
             const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;

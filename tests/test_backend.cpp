@@ -128,13 +128,21 @@ TEST_SUITE("backend") {
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        const int64_t shapes[][3] = {{12, 208, 128}, {12, 208, 3776}, {20, 1040, 3776}, {12, 8688, 1344}, {20, 4304, 1344},
-                                     {50, 1040, 5120}, {1248, 208, 704}, {900, 208, 3776}, {77, 3088, 704}, {250, 2096, 192},
-                                     {100, 1296, 3776}, {40, 8688, 128}, {60, 8688, 1344}, {40, 8688, 128}, {70, 8688, 448},
-                                     {400, 1296, 3776}, {1248, 208, 5120}, {300, 8688, 448}, {100, 8688, 448}, {300, 8688, 448},
-                                     {300, 8688, 128}, {100, 4304, 128}, {300, 8699, 128}, {1248, 4304, 128}, {200, 8688, 320},
-                                     {100, 4304, 5120}, {250, 8688, 320}, {250, 8688, 320}, {250, 8688, 192}, {100, 4304, 128}};
         enum { TO_ROWS, IN_PLACE, TO_PRODUCT, WAYS }; // where y goes: added to rows elsewhere, to its own, or f16 that is multiplied
+        const int64_t shapes[][4] = {{12, 208, 128, TO_ROWS}, {12, 208, 128, TO_PRODUCT}, {12, 208, 320, TO_ROWS},
+                                     {12, 208, 320, TO_PRODUCT}, {77, 208, 128, TO_PRODUCT}, {200, 208, 128, TO_PRODUCT},
+                                     {12, 208, 3776, IN_PLACE}, {12, 208, 3776, TO_PRODUCT}, {20, 8688, 128, TO_ROWS},
+                                     {20, 8688, 128, TO_PRODUCT}, {20, 4304, 320, TO_ROWS}, {20, 4304, 320, TO_PRODUCT},
+                                     {120, 2096, 128, TO_ROWS}, {900, 304, 128, TO_ROWS}, {40, 8688, 128, TO_PRODUCT},
+                                     {900, 304, 192, TO_PRODUCT}, {50, 8688, 128, TO_ROWS}, {50, 8688, 128, IN_PLACE},
+                                     {150, 8688, 128, TO_ROWS}, {200, 8688, 128, IN_PLACE}, {200, 8688, 128, TO_PRODUCT},
+                                     {50, 1040, 5120, IN_PLACE}, {50, 1040, 5120, TO_PRODUCT}, {250, 8688, 128, TO_PRODUCT},
+                                     {300, 8699, 128, TO_ROWS}, {300, 8699, 128, IN_PLACE}, {900, 3088, 128, IN_PLACE},
+                                     {250, 2096, 704, TO_PRODUCT}, {250, 8688, 192, TO_PRODUCT}, {400, 8688, 128, IN_PLACE},
+                                     {400, 6160, 192, TO_ROWS}, {400, 6160, 192, IN_PLACE}, {1248, 4304, 128, TO_PRODUCT},
+                                     {250, 8688, 320, TO_PRODUCT}, {50, 4304, 3776, TO_ROWS}, {200, 1296, 5120, IN_PLACE},
+                                     {1248, 208, 5120, IN_PLACE}, {77, 6160, 3776, IN_PLACE}, {150, 6160, 2112, IN_PLACE},
+                                     {700, 4304, 1344, IN_PLACE}};
         for (size_t i = 0; i < std::size(shapes); i++) {
             const int64_t *s = shapes[i];
             auto build = [&](Net &net) {
@@ -150,7 +158,7 @@ TEST_SUITE("backend") {
                 };
                 bnb_tensor *x = net.input({M, K}, many(M * K, 1)), *r = net.input({M, N}, many(M * N, 1), "r");
                 bnb_tensor *y = bnb_linear(net.ctx, x, net.weight(type, {N, K}, many(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
-                const size_t way = (i + (type == BNB_INT8)) % WAYS;
+                const int64_t way = (s[3] + (type == BNB_INT8)) % WAYS;
                 if (way == IN_PLACE) return std::vector<bnb_tensor *>{bnb_add(net.ctx, bnb_scale(net.ctx, r, 2), y)};
                 y = i % 2 ? bnb_relu(net.ctx, y) : i % 4 ? bnb_silu(net.ctx, y) : bnb_gelu_tanh(net.ctx, y);
                 if (way == TO_ROWS) return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, y)};
