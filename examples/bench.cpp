@@ -450,11 +450,12 @@ std::string kernel_name(const bnb_plan *plan) {
 }
 
 // Of one product with m rows. Few rows: the plan goes over more weights than any cache holds, as the layers of a model
-// do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would). Many rows on a GPU:
-// eight products, so that the op before them is a small part.
+// do (if they have a megabyte each: smaller ones stay in the cache, as those of a small model would). On a GPU at least 8 to 32
+// products, whatever the type, so that the op before them is a small and equal part.
 double Bench::seconds(int64_t m, std::string *kernel) const {
     const uint64_t all = on_cpu ? beyond_caches() : 256u << 20;
-    const size_t copies = m <= 64 ? size_t(std::min<uint64_t>(all / bytes() + 2, 256)) : on_cpu ? 1 : 8;
+    const uint64_t least = on_cpu ? 1 : std::clamp<uint64_t>((1u << 30) / (uint64_t(n) * uint64_t(k) * 2), 8, 32); // 1 GiB of f16
+    const size_t copies = size_t(m <= 64 ? std::max(std::min<uint64_t>(all / bytes() + 2, 256), least) : least);
     const Products p = products(m, copies);
     *kernel = kernel_name(p.plan.get());
     bnb_error err;
