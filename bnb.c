@@ -3750,8 +3750,15 @@ static int64_t bnb__set_rows_tiles(const bnb_tensor *y, int32_t phase)
 
 #define BNB__ROW_DOT4(name, type, compute, cpu, run) {name, BNB_OP_LINEAR, type, compute, 1, 8, cpu, bnb__fits4, 2, bnb__dot4_tiles_512, bnb__dot4_work_512, bnb__dot4_local, run}
 #define BNB__ROW_DOT(name, type, run) {name, BNB_OP_LINEAR, type, -1, 1, 8, BNB_CPU_AVX512, NULL, 1, bnb__dot_plain_tiles, NULL, NULL, run}
-#define BNB__ROW_GEMM(name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, 9, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
+#define BNB__ROW_GEMM_FROM(m0, name, type, compute, cpu, fits, g) {name, BNB_OP_LINEAR, type, compute, m0, INT64_MAX, cpu, fits, 2, g##_tiles, g##_work, g##_local, g##_run}
+#define BNB__ROW_GEMM(...) BNB__ROW_GEMM_FROM(9, __VA_ARGS__)
 static const bnb__kernel bnb__fast_kernels[] = {
+    /* a tile of 16 rows takes what 7 rows take one after the other */
+#define BNB__CPU_AMX_ALL (BNB_CPU_AMX | BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16)
+    BNB__ROW_GEMM_FROM(7, "linear_nf4_gemm_amx", BNB_NF4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
+    BNB__ROW_GEMM_FROM(7, "linear_fp4_gemm_amx", BNB_FP4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
+    BNB__ROW_GEMM_FROM(7, "linear_f16_gemm_amx", BNB_F16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_f16_amx),
+    BNB__ROW_GEMM_FROM(7, "linear_bf16_gemm_amx", BNB_BF16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_bf16_amx),
     /* where bf16 is multiplied by AMX, vdpbf16ps is slow (2.2 cycles; 0.5 an fma): f32 takes no longer, and is exact */
     BNB__ROW_DOT4("linear_nf4_dot_avx512", BNB_NF4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
     BNB__ROW_DOT4("linear_fp4_dot_avx512", BNB_FP4, -1, BNB_CPU_AVX512 | BNB_CPU_AMX, bnb__dot4_512),
@@ -3765,11 +3772,6 @@ static const bnb__kernel bnb__fast_kernels[] = {
     {"linear_int8_dot_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 1, 8, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 2, bnb__dot_int8_tiles, bnb__dot_int8_work, NULL, bnb__dot_int8_vnni},
     {"linear_int8_gemm_amx", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AMX | BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 4, bnb__gemm_i8_amx_tiles, bnb__gemm_i8_amx_work, bnb__gemm_i8_amx_local, bnb__gemm_i8_amx_run},
     {"linear_int8_gemm_vnni", BNB_OP_LINEAR, BNB_INT8, -1, 9, INT64_MAX, BNB_CPU_AVX512 | BNB_CPU_AVX512_VNNI, NULL, 4, bnb__gemm_i8_vnni_tiles, bnb__gemm_i8_vnni_work, bnb__gemm_i8_vnni_local, bnb__gemm_i8_vnni_run},
-#define BNB__CPU_AMX_ALL (BNB_CPU_AMX | BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16)
-    BNB__ROW_GEMM("linear_nf4_gemm_amx", BNB_NF4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
-    BNB__ROW_GEMM("linear_fp4_gemm_amx", BNB_FP4, BNB_BF16, BNB__CPU_AMX_ALL, bnb__fits4, bnb__gemm_4bit_amx),
-    BNB__ROW_GEMM("linear_f16_gemm_amx", BNB_F16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_f16_amx),
-    BNB__ROW_GEMM("linear_bf16_gemm_amx", BNB_BF16, BNB_BF16, BNB__CPU_AMX_ALL, NULL, bnb__gemm_bf16_amx),
     BNB__ROW_GEMM("linear_nf4_gemm_bf16_avx512", BNB_NF4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
     BNB__ROW_GEMM("linear_fp4_gemm_bf16_avx512", BNB_FP4, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, bnb__fits4, bnb__gemm_4bit_bf16),
     BNB__ROW_GEMM("linear_f16_gemm_bf16_avx512", BNB_F16, BNB_BF16, BNB_CPU_AVX512 | BNB_CPU_AVX512_BF16, NULL, bnb__gemm_f16_bf16),
