@@ -2255,7 +2255,7 @@ struct WgmmaMaps {
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
     // y leaves as boxes, but where few rows are divided among many warpgroups.
-    static constexpr bool kWide = kN > 64, kBoxed = kWide || (kN == 64 && kSplit == 2);
+    static constexpr bool kBoxed = kN > 64 || (kN == 64 && kSplit == 2);
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
     static constexpr int kRegisters = kN > 128 ? 232 : 0;
@@ -2280,7 +2280,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kGroupSums = kN * 256;
     static constexpr int kSumsAt = kBoxed ? kSpread * kTableBytes : 128; // from the table; where there are boxes, they
     static constexpr int kFixed = kBoxed ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
-    static constexpr int kStages = min_of(kWide ? 10 : 8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
+    static constexpr int kStages = min_of(8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
     static_assert(kStages >= 3 && (3 * kStages + 1) * 8 <= kBarrierBytes);
     static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
     static_assert(!kBoxed || kWarps / 4 * kGroupSums <= kSums);

@@ -42,7 +42,7 @@ using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
 // Runs what build makes, nodes to compute and caches that they write, on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
 // computed in f32 and in f16.
 void compare(const Build &build, double f32, double f16, const std::string &what) {
-    const unsigned cores = std::thread::hardware_concurrency(); // plain kernels take the most of the time
+    const unsigned cores = std::thread::hardware_concurrency(); // plain kernels take most of the time
     Env plain(static_cast<int32_t>(std::clamp(cores, 4u, 16u)), BNB_CPU_FAST), env(2);
     Net reference(plain);
     std::vector<bnb_tensor *> expected = build(reference);
