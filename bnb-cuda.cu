@@ -1077,6 +1077,22 @@ __device__ __forceinline__ uint32_t cluster_size() {
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The same for what needs no order of memory, in two steps: a release waits for all that a thread has ever written.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+
+// The same place in another block's shared memory.
+__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+    return remote;
+}
+// Stores where a barrier of the same block counts the bytes: whoever waits for it needs no other barrier.
+__device__ __forceinline__ void cluster_send4(uint32_t address, uint32_t bar, const uint4 &v) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::
+                     "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
+                 : "memory");
+}
 
 __device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank) {
     float2 v;
@@ -3238,10 +3254,7 @@ __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-/* By whole warps; those that have left do not count. */
-__device__ inline void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ inline void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-__device__ inline void cluster_sync() { cluster_arrive(), cluster_wait(); }
+
 /* The same variable in the shared memory of another block of the cluster. */
 template <class T> __device__ inline T *cluster_peer(T *p, int rank) {
     uint64_t q;
@@ -3430,6 +3443,8 @@ struct Linear8 {
 };
 
 enum { linear8_chunk = 128, few8 = 16 }; /* columns in one tile: the swizzle's width; places for a row's outliers */
+enum { few8_none = 0xffff, few8_many = 0xfffe }; /* in place of a column */
+enum { gemm8_near = 16 };                        /* outlier columns taken at once */
 
 bool linear8_fits(int N, int K) { return N > 0 && K > 0 && K % 16 == 0 && K <= 1 << 18; } /* see linear8_columns */
 
@@ -3438,7 +3453,7 @@ struct Scratch8 {
     int8_t *codes; /* [M, Kp] x in int8: 0 for outliers and beyond K */
     float *sca;    /* [M]     largest magnitude of a row's ordinary elements */
     uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier; only for M <= 16 and where `few` has no room */
-    int *few;      /* [M, 16] a row's outlier columns in any order, then -1; -2 in front: more than 16, see mask */
+    uint16_t *few; /* [M, 16] a row's outlier columns, ascending, then few8_none; or few8_many: see mask */
     int *list;     /* [Kp]    columns with an outlier in some row, ascending */
     int *count;    /* [1]     how many */
     int Kp;
@@ -3456,7 +3471,7 @@ Scratch8 scratch8(const Linear8 &l) {
     s.codes = (int8_t *)take(M * Kp);
     s.sca = (float *)take(M * 4);
     s.mask = (uint8_t *)take(M * Kp / 8);
-    s.few = (int *)take(M * few8 * 4);
+    s.few = (uint16_t *)take(M * few8 * 2);
     s.list = (int *)take(Kp * 4);
     s.count = (int *)take(4);
     s.bytes = (size_t)(p - start);
@@ -3584,7 +3599,8 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
 #ifdef BNB__MMA
     constexpr int ahead = quantize8_ahead;
     __shared__ float maxima[quantize8_most / 32];
-    __shared__ int few[few8], n_outliers;
+    __shared__ __align__(16) uint16_t few[few8];
+    __shared__ int n_outliers;
     const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp, step = blockDim.x * 8;
     const __half2 limit = limit8(p.l.threshold);
     uint4 x[ahead];
@@ -3604,7 +3620,7 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
         }
     };
     launch_dependents();
-    if (tid < few8) few[tid] = -1;
+    if (tid < few8) few[tid] = few8_none;
     if (tid == 0) n_outliers = 0;
     wait_for_prior_kernel();
     for (int k = tid * 8; k < K; k += ahead * step) load(k);
@@ -3619,14 +3635,20 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
             *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
             if (at < K)
                 for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare */
-                    const int place = atomicAdd(&n_outliers, 1);
-                    if (place < few8) few[place] = at + __ffs(u) - 1;
+                    const int column = at + __ffs(u) - 1; /* one without a number of 16 bits counts as too many */
+                    const int place = atomicAdd(&n_outliers, column < few8_many ? 1 : few8 + 1);
+                    if (place < few8) few[place] = (uint16_t)column;
                 }
         }
     }
     if (tid == 0) p.s.sca[m] = absmax;
     __syncthreads();
-    if (tid < few8) p.s.few[m * few8 + tid] = n_outliers > few8 && tid == 0 ? -2 : few[tid];
+    if (tid < few8) { /* in ascending order */
+        int place = 0;
+#pragma unroll
+        for (int i = 0; i < few8; i++) place += few[i] < few[tid] || (few[i] == few[tid] && i < tid);
+        p.s.few[m * few8 + place] = n_outliers > few8 ? few8_many : few[tid];
+    }
     if (n_outliers <= few8 && p.l.M > 16) return; /* nothing reads the mask */
     for (int k = tid * 8; k < Kp; k += ahead * step) {
         if (K > ahead * step) load(k);
@@ -3644,43 +3666,87 @@ cudaError_t linear8_quantize_launch(cudaStream_t stream, const Linear8 &l, bool 
                   std::max(64, std::min(threads, (int)quantize8_most)), 0, 1, pdl, stream);
 }
 
-/* One warp: columns `from`.. of the mask, at most `most` of them, in ascending order. -> how many the mask has */
+/* One warp: columns `from`.. of the mask, at most `most` of them, in ascending order. -> how many the mask has
+ * It runs once: what is unrolled here costs more to fetch than it saves. */
 __device__ inline int mask_columns8(const uint32_t *mask, int n_words, int from, int most, int *columns) {
-    const int lane = threadIdx.x % 32;
-    int n = 0;
-    for (int base = 0; base < n_words; base += 32) {
-        uint32_t u = base + lane < n_words ? mask[base + lane] : 0;
-        if (!__any_sync(~0u, u)) continue;
-        int sum = __popc(u);
-        for (int d = 1; d < 32; d *= 2) {
-            const int other = __shfl_up_sync(~0u, sum, d);
-            if (lane >= d) sum += other;
-        }
-        int at = n + sum - __popc(u) - from;
-        for (; u; u &= u - 1, at++)
-            if (at >= 0 && at < most) columns[at] = (base + lane) * 32 + __ffs(u) - 1;
-        n += __shfl_sync(~0u, sum, 31);
-    }
+    const int lane = threadIdx.x % 32, words = (n_words + 31) / 32, first = lane * words;
+    const int end = min(first + words, n_words);
+    int own = 0;
+#pragma unroll 1
+    for (int i = first; i < end; i++) own += __popc(mask[i]);
+    int sum = own; /* of this lane and those before */
+#pragma unroll 1
+    for (int d = 1; d < 32; d *= 2)
+        if (const int other = __shfl_up_sync(~0u, sum, d); lane >= d) sum += other;
+    int at = sum - own - from;
+    if (own > 0)
+#pragma unroll 1
+        for (int i = first; i < end; i++)
+            for (uint32_t u = mask[i]; u; u &= u - 1, at++)
+                if (at >= 0 && at < most) columns[at] = i * 32 + __ffs(u) - 1;
     __syncwarp();
-    return n;
+    return __shfl_sync(~0u, sum, 31);
+}
+
+/* Half a row's list: its first column, and without it. */
+__device__ inline uint32_t front8(const uint4 &f) { return f.x & 0xffff; }
+__device__ inline void next8(uint4 &f) {
+    f.x = __funnelshift_r(f.x, f.y, 16), f.y = __funnelshift_r(f.y, f.z, 16);
+    f.z = __funnelshift_r(f.z, f.w, 16), f.w = __funnelshift_r(f.w, ~0u, 16);
 }
 
 /* mask [Kp / 32] in shared memory, zeros before, gets the outlier columns of all rows. For `threads`, this one is
  * thread i of them. */
 __device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, uint32_t *mask, int i, int threads) {
-#pragma unroll 4
-    for (; i < l.M * 4; i += threads) {
-        const int4 f = __ldcg((const int4 *)s.few + i);
-        if (f.x == -2) { /* rare: they are too many for the list */
-            for (int w = 0; w < s.Kp / 32; w++)
-                if (const uint32_t u = ((const uint32_t *)s.mask)[(size_t)(i / 4) * (s.Kp / 32) + w])
-                    atomicOr(mask + w, u);
-        } else {
-            if (f.x >= 0) atomicOr(mask + f.x / 32, 1u << f.x % 32);
-            if (f.y >= 0) atomicOr(mask + f.y / 32, 1u << f.y % 32);
-            if (f.z >= 0) atomicOr(mask + f.z / 32, 1u << f.z % 32);
-            if (f.w >= 0) atomicOr(mask + f.w / 32, 1u << f.w % 32);
+    constexpr int together = 2; /* on their way before the first is waited for */
+#pragma unroll 1
+    for (const uint4 none = make_uint4(~0u, ~0u, ~0u, ~0u); i < l.M * 2; i += together * threads) {
+        uint4 f[together]; /* half a row each */
+#pragma unroll
+        for (int j = 0; j < together; j++)
+            f[j] = i + j * threads < l.M * 2 ? __ldcg((const uint4 *)s.few + i + j * threads) : none;
+#pragma unroll
+        for (int j = 0; j < together; j++) {
+            if (front8(f[j]) == few8_many) {
+                const uint32_t *const row = (const uint32_t *)s.mask + (size_t)((i + j * threads) / 2) * (s.Kp / 32);
+#pragma unroll 1
+                for (int w = (i + j * threads) % 2; w < s.Kp / 32; w += 2)
+                    if (const uint32_t u = row[w]) atomicOr(mask + w, u);
+                continue;
+            }
+#pragma unroll 1
+            for (; front8(f[j]) != few8_none; next8(f[j])) atomicOr(mask + front8(f[j]) / 32, 1u << front8(f[j]) % 32);
         }
+    }
+}
+
+/* One warp: the outlier columns of all rows, at most 16, in ascending order. -> how many, or -1: merge_few8 is needed.
+ * The lists of all rows advance together, from one column to the next. */
+__device__ __forceinline__ int few_columns8(const Linear8 &l, const Scratch8 &s, int *columns) {
+    constexpr int rows = 4; /* of a lane */
+    const int lane = threadIdx.x % 32;
+    if (l.M > 32 * rows) return -1;
+    uint4 f[rows]; /* the first half: all that a row has but for rare ones */
+    bool more = false;
+#pragma unroll
+    for (int i = 0; i < rows; i++) {
+        f[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        if (lane + 32 * i < l.M) f[i] = __ldcg((const uint4 *)s.few + (lane + 32 * i) * 2);
+    }
+#pragma unroll
+    for (int i = 0; i < rows; i++) more |= f[i].w >> 16 != few8_none;
+    if (__any_sync(~0u, more)) return -1;
+    for (int n = 0;; n++) {
+        uint32_t next = few8_none;
+#pragma unroll
+        for (int i = 0; i < rows; i++) next = min(next, front8(f[i]));
+        next = __reduce_min_sync(~0u, next);
+        if (next == few8_none) return __syncwarp(), n;
+        if (n == gemm8_near) return -1;
+        if (lane == 0) columns[n] = (int)next;
+#pragma unroll
+        for (int i = 0; i < rows; i++)
+            if (front8(f[i]) == next) next8(f[i]);
     }
 }
 
@@ -3737,7 +3803,6 @@ template <int N> __device__ __forceinline__ void activate8(int act, float (&v)[N
  * with g = lane / 4, t = lane % 4. Rows g and g + 8 of the product are neighbours in W where N allows it: then the 8
  * lanes of one row of x read and write 16 neighbours, two each. */
 
-enum { gemm8_near = 16 }; /* outlier columns taken at once */
 
 __host__ __device__ inline bool paired8(int N) { return N % 16 == 0; }
 __device__ inline int row_of8(int r, bool paired) { return paired ? (r & ~15) + (r & 7) * 2 + (r >> 3 & 1) : r; }
@@ -4170,8 +4235,8 @@ template <int BX> struct Gemm8Shape {
     static constexpr int room = (blocks == 1 ? shared_limit : shared_total / 2 - 1024) - barrier_bytes;
     static constexpr int stages = (room - side_bytes) / stage_bytes;
     static constexpr int shared = stages * stage_bytes + side_bytes + barrier_bytes;
-    static_assert((2 * stages + 2) * 8 + 4 <= barrier_bytes, "room for the barriers");
-    static constexpr int side_regs = 56, regs = blocks == 1 ? 224 : 88;
+    static_assert((2 * stages + 3) * 8 + 4 <= barrier_bytes, "room for the barriers");
+    static constexpr int side_regs = BX == 256 ? 56 : 64, regs = BX == 256 ? 224 : blocks == 1 ? 216 : 88;
 };
 
 struct Gemm8 {
@@ -4212,8 +4277,8 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     int *const columns = (int *)(mask + gemm8_mask);                      /* [11 warps, near] */
     uint64_t *const full = (uint64_t *)(columns + 11 * gemm8_near);       /* [stages] */
     uint64_t *const empty = full + S::stages;                             /* [stages] */
-    uint64_t *const side_full = empty + S::stages, *const side_empty = side_full + 1;
-    int *const side_count = (int *)(side_empty + 1); /* outlier columns */
+    uint64_t *const side_full = empty + S::stages, *const side_empty = side_full + 1, *const sums_full = side_empty + 1;
+    int *const side_count = (int *)(sums_full + 1); /* outlier columns */
     const Linear8 &l = p.l;
     const int tid = threadIdx.x, lane = tid % 32;
     const int cluster = S::divides ? p.cluster : 1; /* fewer branches */
@@ -4222,6 +4287,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     const int j0 = S::divides ? min(rank * p.mine, groups) : 0; /* groups that this block finishes */
     const int j1 = S::divides ? min(j0 + p.mine, groups) : groups;
     const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / cluster, tile_step = gridDim.x / cluster;
+    constexpr int sums_bytes = 256 * 16; /* of a group of rows */
     const auto part_of = [&](int tile) { return (tile / p.m_tiles >= p.first[1]) + (tile / p.m_tiles >= p.first[2]); };
     const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * gemm8_rows; };
     /* Codes of ordinary numbers in outlier columns are in the sums: they are taken out. */
@@ -4229,13 +4295,15 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
 
     if (tid == 0) {
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
-        barrier_init(side_full, gemm8_side), barrier_init(side_empty, 256);
+        barrier_init(side_full, gemm8_side), barrier_init(side_empty, 256), barrier_init(sums_full, 1);
         barrier_init_fence();
+        barrier_expect(sums_full, cluster * max(j1 - j0, 0) * sums_bytes);
     }
     __syncthreads();
     launch_dependents();
 
     if (tid < 128) {
+        if (cluster > 1) cluster_arrive();
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::side_regs));
         if (tid == 0) {
             const auto load_w = [&](int tile, int c, int stage) {
@@ -4263,14 +4331,19 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                     if (++stage == S::stages) stage = 0, parity ^= 1;
                 }
         } else if (tid >= 32) {
-            const int i0 = tid - 32, r0 = i0 / 4, q = i0 % 4, n_words = p.s.Kp / 32;
+            const int i0 = tid - 32, n_words = p.s.Kp / 32, rows = 8 * max(j1 - j0, 0); /* that this block finishes */
             int *const own = columns + i0 / 32 * gemm8_near;
+#pragma unroll 1
+            for (int i = i0; i < rows * gemm8_near; i += gemm8_side) /* as it stays beyond the last outlier column */
+                near_x[8 * j0 * gemm8_near + i] = 0, near_c[8 * j0 * gemm8_near + i] = 0;
             if (p.listed == 2)
+#pragma unroll 1
                 for (int i = i0; i < n_words; i += gemm8_side) mask[i] = 0;
             const auto prefetch = [&](int tile) {
                 const int part = part_of(tile), n0 = column_of(tile, part), m0 = tile % p.m_tiles * BX;
                 if (!p.fetch) return;
-                for (int i = i0; i < 8 * (j1 - j0) * 4; i += gemm8_side) {
+#pragma unroll 1
+                for (int i = i0; i < rows * 4; i += gemm8_side) {
                     const int m = m0 + 8 * j0 + i / 4, n = n0 + i % 4 * 32;
                     if (m < l.M && n < l.part[part].N) prefetch_l2(l.residual + m * l.ldr + n);
                 }
@@ -4278,20 +4351,17 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             prefetch(tile0); /* the cache is coherent: it may come before what writes it */
             named_barrier(1, gemm8_side);
             wait_for_prior_kernel();
-            int count = p.listed == 1 ? p.s.count[0] : 0, k[4] = {};
-            if (p.listed == 2) {
+            int count = p.listed == 1 ? p.s.count[0] : 0;
+            if (p.listed == 2) count = few_columns8(l, p.s, own);
+            if (count < 0) { /* the same for all warps */
                 merge_few8(l, p.s, mask, i0, gemm8_side);
                 named_barrier(1, gemm8_side);
                 count = mask_columns8(mask, n_words, 0, gemm8_near, own);
             }
             if (i0 == 0) *side_count = count;
-            const int left = count - 4 * q;
-            if (count > 0)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int at = min(4 * q + i, min(count, gemm8_near) - 1);
-                    k[i] = p.listed == 2 ? own[at] : p.s.list[at];
-                }
+            const int near = min(count, (int)gemm8_near), lane = i0 % 32, x_bits = 32 - __clz((rows - 1) / 32);
+            if (p.listed == 1 && lane < near) own[lane] = p.s.list[lane];
+            __syncwarp();
             int parity = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_step, parity ^= 1) {
                 const int part = part_of(tile), n0 = column_of(tile, part), N = l.part[part].N,
@@ -4300,54 +4370,64 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 const int8_t *const w = (const int8_t *)l.part[part].w;
                 if (tile != tile0) prefetch(tile);
                 barrier_wait(side_empty, parity ^ 1);
-                for (int i = i0; i < BX; i += gemm8_side) sca[i] = m0 + i < l.M ? p.s.sca[m0 + i] : 0;
-                if (left > 0) {
-                    /* Some rows are on their way together, and are stored after all have come. */
-                    constexpr int some = 2, pass = gemm8_side / 4; /* registers are few */
-#pragma unroll 1
-                    for (int r = r0; r < gemm8_rows; r += some * pass) {
-                        uint32_t codes[some];
+                constexpr int n_sca = (BX + gemm8_side - 1) / gemm8_side;
+                float absmax[n_sca];
 #pragma unroll
-                        for (int i = 0; i < some; i++)
-                            codes[i] = four8(w + (size_t)min(n0 + row_of8(r + i * pass, paired), N - 1) * l.K, k);
-#pragma unroll
-                        for (int i = 0; i < some; i++)
-                            if (r + i * pass < gemm8_rows) ((uint32_t *)near_w)[(r + i * pass) * 4 + q] = codes[i];
-                    }
-                    const auto gather = [&](auto number) { /* of x: one loop for each type, as branches would wait */
-                        const auto *const from = (const decltype(number) *)l.x;
-#pragma unroll 1
-                        for (int r = 8 * j0 + r0; r < 8 * j1; r += some * pass) {
-                            uint32_t codes[some];
-                            decltype(number) x[some][4];
-#pragma unroll
-                            for (int i = 0; i < some; i++) {
-                                const int m = min(m0 + r + i * pass, l.M - 1);
-                                codes[i] = four8(p.s.codes + (size_t)m * p.s.Kp, k);
-#pragma unroll
-                                for (int c = 0; c < 4; c++) x[i][c] = from[m * l.ldx + k[c]];
-                            }
-#pragma unroll
-                            for (int i = 0; i < some; i++) {
-                                if (r + i * pass >= 8 * j1) break;
-                                float v[4];
-#pragma unroll
-                                for (int c = 0; c < 4; c++) v[c] = c < left ? worth8(l, x[i][c]) : 0;
-                                const int at = (r + i * pass) * 4 + q;
-                                ((float4 *)near_x)[at] = make_float4(v[0], v[1], v[2], v[3]);
-                                ((uint32_t *)near_c)[at] = correct ? minus8(codes[i], left) : 0;
-                            }
-                        }
-                    };
-                    if (l.x_f32) gather(float());
-                    else gather(__half());
-                } else if (tile == tile0 && count > 0) {
-                    for (int r = r0; r < BX; r += gemm8_side / 4)
-                        *(float4 *)(near_x + r * gemm8_near + 4 * q) = float4(), ((uint32_t *)near_c)[r * 4 + q] = 0;
+                for (int i = 0; i < n_sca; i++) {
+                    const int m = m0 + i0 + i * gemm8_side;
+                    absmax[i] = m < l.M ? p.s.sca[m] : 0;
                 }
+                /* 4 groups of 32 rows of W in each column that is near, then as many of x as this block finishes, are
+                 * dealt to the warps. Many are on their way before the first is waited for. */
+                constexpr int some_w = 8, some_x = 4, warps = gemm8_side / 32;
+                const int n = n0 + row_of8(lane, paired), m = m0 + 8 * j0 + lane;
+#pragma unroll 1
+                for (int j = i0 / 32; j < near * 4; j += some_w * warps) {
+                    int8_t codes[some_w];
+#pragma unroll
+                    for (int i = 0; i < some_w; i++) {
+                        const int at = min(j + i * warps, near * 4 - 1), r = at % 4 * 32;
+                        codes[i] = w[(size_t)min(n + r, N - 1) * l.K + own[at / 4]];
+                    }
+                    __syncwarp(); /* else the compiler has the first stored before the others are asked for */
+#pragma unroll
+                    for (int i = 0; i < some_w; i++) {
+                        const int at = j + i * warps;
+                        if (at < near * 4) near_w[(at % 4 * 32 + lane) * gemm8_near + at / 4] = codes[i];
+                    }
+                }
+                const auto gather = [&](auto number) { /* of x: one loop for each type, as branches would wait */
+                    const auto *const x = (const decltype(number) *)l.x;
+#pragma unroll 1
+                    for (int j = i0 / 32; j < near << x_bits; j += some_x * warps) {
+                        int8_t codes[some_x];
+                        decltype(number) v[some_x];
+#pragma unroll
+                        for (int i = 0; i < some_x; i++) {
+                            const int at = min(j + i * warps, (near << x_bits) - 1), k = own[at >> x_bits];
+                            const int mi = min(m + (at & ((1 << x_bits) - 1)) * 32, l.M - 1);
+                            v[i] = x[mi * l.ldx + k], codes[i] = p.s.codes[(size_t)mi * p.s.Kp + k];
+                        }
+                        __syncwarp();
+#pragma unroll
+                        for (int i = 0; i < some_x; i++) {
+                            const int at = j + i * warps, r = (at & ((1 << x_bits) - 1)) * 32 + lane;
+                            const int to = (8 * j0 + r) * gemm8_near + (at >> x_bits);
+                            if (at >= near << x_bits || r >= rows) continue;
+                            near_x[to] = worth8(l, v[i]), near_c[to] = (uint8_t)(correct ? -codes[i] : 0);
+                        }
+                    }
+                };
+                if (l.x_f32) gather(float());
+                else gather(__half());
+#pragma unroll
+                for (int i = 0; i < n_sca; i++)
+                    if (const int r = i0 + i * gemm8_side; r < BX) sca[r] = absmax[i];
                 barrier_arrive(side_full);
             }
         }
+        __syncwarp(); /* a warp waits as a whole */
+        if (cluster > 1) cluster_wait(); /* who has arrived may not leave before */
         return;
     }
 
@@ -4400,19 +4480,20 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         if (lane == 0) barrier_arrive(empty + before);
         __syncwarp();
 
-        int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads] */
+        const int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads] */
         if (cluster > 1) {
             /* A cluster has one tile. Where all rings are done, each block sends each group's sums to the one that
              * finishes it. */
-            cluster_sync();
+            cluster_arrive(), cluster_wait();
             int owner = 0, slot = 0;
 #pragma unroll
             for (int j = 0; j < groups; j++) {
-                *cluster_peer(sums + (rank * p.mine + slot) * 256, owner) =
-                    make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                cluster_send4(cluster_address(shared_address(sums + (rank * p.mine + slot) * 256), owner),
+                                     cluster_address(shared_address(sums_full), owner),
+                                     make_uint4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
                 if (++slot == p.mine) slot = 0, owner++;
             }
-            cluster_sync();
+            if (j0 < j1) barrier_wait(sums_full, 0);
         }
 
         barrier_wait(side_full, side_parity);
