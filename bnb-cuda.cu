@@ -1073,46 +1073,34 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return n;
 }
 
-// Of all threads of the cluster that have not returned.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
-}
-// The same for what needs no order of memory, in two steps: a release waits for all that a thread has ever written.
+// The barrier of all threads of the cluster that have not returned, in two steps. It does not order memory, for which
+// it would wait until everything that a thread has ever written has arrived; cluster_send() does without. Who has arrived
+// has to wait: a thread that leaves before the others arrive is counted twice.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait;" ::: "memory"); }
+__device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(); }
 
-// The same place in another block's shared memory.
-__device__ __forceinline__ uint32_t cluster_address(uint32_t address, uint32_t rank) {
-    uint32_t remote;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-    return remote;
+// Stores to another block's shared memory, where a barrier of that block counts the bytes: who waits for it needs no
+// other. What is remote is computed here, in the order of the stores, as registers are few where there are many.
+#define BNB__CLUSTER_SEND(type, values, ...) \
+    asm volatile("{.reg .b32 to, counts;\n" \
+                 "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counts, %1, %2;\n" \
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes." type " [to], " values ", [counts];}" ::"r"(address), \
+                 "r"(bar), "r"(rank), __VA_ARGS__ \
+                 : "memory")
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x) {
+    BNB__CLUSTER_SEND("f32", "%3", "f"(x));
 }
-// Stores where a barrier of the same block counts the bytes: whoever waits for it needs no other barrier.
-__device__ __forceinline__ void cluster_send4(uint32_t address, uint32_t bar, const uint4 &v) {
-    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [%0], {%1, %2, %3, %4}, [%5];" ::
-                     "r"(address), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(bar)
-                 : "memory");
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x, float y) {
+    BNB__CLUSTER_SEND("v2.f32", "{%3, %4}", "f"(x), "f"(y));
 }
-
-__device__ __forceinline__ float2 cluster_load2(uint32_t address, uint32_t rank) {
-    float2 v;
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %2, %3;\n"
-                 "ld.shared::cluster.v2.f32 {%0, %1}, [remote];}"
-                 : "=f"(v.x), "=f"(v.y)
-                 : "r"(address), "r"(rank)
-                 : "memory");
-    return v;
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x, float y, float z, float w) {
+    BNB__CLUSTER_SEND("v4.f32", "{%3, %4, %5, %6}", "f"(x), "f"(y), "f"(z), "f"(w));
 }
-
-__device__ __forceinline__ float4 cluster_load4(uint32_t address, uint32_t rank) {
-    float4 v;
-    asm volatile("{.reg .b32 remote; mapa.shared::cluster.u32 remote, %4, %5;\n"
-                 "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [remote];}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-                 : "r"(address), "r"(rank)
-                 : "memory");
-    return v;
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, int x, int y, int z, int w) {
+    BNB__CLUSTER_SEND("v4.s32", "{%3, %4, %5, %6}", "r"(x), "r"(y), "r"(z), "r"(w));
 }
+#undef BNB__CLUSTER_SEND
 
 __device__ __forceinline__ float2 load_shared2(uint32_t address) {
     float2 v;
@@ -2263,6 +2251,7 @@ struct WgmmaMaps {
     CUtensorMap x, y[3]; // y of each part
     HowBoxes boxes;
     bool fetch; // the residual, ahead
+    int pairs;  // of rows of x and of W, which a lane has of a tile, for each block of a cluster
 };
 
 // kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
@@ -2292,15 +2281,16 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr bool kRoomy = kN <= 128;
     static constexpr int kSpread = kRoomy ? 2 : 1, kSumSpread = kBoxed ? 1 : 2;
     static_assert(kBoxed || kTogether * kPairBytes <= kTableBytes, "sums fit the gaps");
-    // Blocks that split K leave all their sums where the ring was: f32 [kWarps / 4][kN / 8][128 threads][4].
-    static constexpr int kGroupSums = kN * 256;
     static constexpr int kSumsAt = kBoxed ? kSpread * kTableBytes : 128; // from the table; where there are boxes, they
     static constexpr int kFixed = kBoxed ? kSumsAt + kWarps / 4 * kBoxBytes : 2 * kTableBytes, kBarrierBytes = 256;
     static constexpr int kStages = min_of(8, (kMaxShared - kFixed - kBarrierBytes) / (kStageX + kStageW));
-    static_assert(kStages >= 3 && (3 * kStages + 1) * 8 <= kBarrierBytes);
+    static_assert(kStages >= 3 && (3 * kStages + 2) * 8 <= kBarrierBytes);
     static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
-    static_assert(!kBoxed || kWarps / 4 * kGroupSums <= kSums);
     static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
+    // Blocks that split K get each other's sums where the ring was: kSplit times f32 [kN][kRows * 64], and pairs of up to
+    // 8 blocks, for each warpgroup at least one. Boxes are written while they are read.
+    static_assert(!kBoxed || kSplit * kN * kRows * 64 * 4 <= kSums);
+    static_assert(ceil_div(kPairs, 8 * kSplit) * 8 * kSplit * kPairBytes <= kBarriers);
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
@@ -2322,7 +2312,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 
     const uint32_t w_full = shared_address(shared + S::kBarriers); // barriers are u64, of these three [kStages] each
     const uint32_t x_full = w_full + S::kStages * 8, empty = x_full + S::kStages * 8;
-    const uint32_t x_first = empty + S::kStages * 8;
+    const uint32_t x_first = empty + S::kStages * 8, sums_full = x_first + 8;
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         prefetch_map(&maps.x);
@@ -2332,7 +2322,12 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
             barrier_init(empty + i * 8, S::kWarps * 32);
         }
         barrier_init(x_first, 1);
+        barrier_init(sums_full, 1);
         barrier_init_fence();
+        if (ranks > 1) { // what blocks that split K send to this one: each warpgroup's share of all sums
+            const int pairs = min(max(S::kPairs - rank * kSplit, 0), max(maps.pairs, kSplit));
+            barrier_expect(sums_full, pairs * ranks * S::kPairBytes);
+        }
     }
     __syncthreads();
     launch_dependents();
@@ -2510,13 +2505,20 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 const int share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
                 const int first_group = (rank * kSplit + split) * share;
                 const int first_row = tile % m_tiles * kN + first_group * 8;
+                // f32 [ranks * kSplit that have summed][kRows][kSplit][share][128 threads][4]
+                const uint32_t sums = x_stages + row_warp / 4 * (kSplit * share * 2048) + threadIdx.x % 128 * 16;
                 if (ranks > 1) {
-                    consumer_sync<kThreads>(); // the ring is free, as nothing more is on its way
-                    const uint32_t mine = x_stages + warp / 4 * S::kGroupSums + threadIdx.x % 128 * 16;
+                    cluster_sync(); // all rings are free
+                    const uint32_t to = sums + (rank * kSplit + split) * (kRows * kSplit * share * 2048);
+                    int owner = 0, slot = 0;
 #pragma unroll
-                    for (int i = 0; i < kN / 8; ++i)
-                        store_shared4(mine + i * 2048, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]});
-                    cluster_sync();
+                    for (int i = 0; i < kN / 8; ++i) {
+                        cluster_send(to + slot * 2048, sums_full, owner, acc[4 * i], acc[4 * i + 1], acc[4 * i + 2],
+                                      acc[4 * i + 3]);
+                        if (++slot == kSplit * share) slot = 0, ++owner;
+                        asm volatile("" : "+r"(slot), "+r"(owner)); // not all of them ahead
+                    }
+                    barrier_wait(sums_full, 0);
                 } else if constexpr (kSplit > 1) { // each gives away the other's half of the rows
                     const uint32_t mine = boxes.base + threadIdx.x % 128 * 16;
                     const uint32_t theirs = mine + (split ? -kRows : kRows) * S::kBoxBytes;
@@ -2545,8 +2547,6 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 #pragma unroll 1
                 for (int c = 0; c * S::kChunk < share && first_row + c * (S::kChunk * 8) < a.M; ++c) {
                     if (ranks > 1) {
-                        const uint32_t from = x_stages + row_warp / 4 * S::kGroupSums + threadIdx.x % 128 * 16 +
-                                              (first_group + c * S::kChunk) * 2048;
 #pragma unroll
                         for (int i = 0; i < S::kChunk * 4; ++i) acc[i] = 0;
 #pragma unroll 1
@@ -2554,9 +2554,10 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 #pragma unroll
                             for (int i = 0; i < S::kChunk; ++i) {
                                 if (c * S::kChunk + i >= share) break;
-                                const float4 q = cluster_load4(
-                                    from + k % kSplit * (kRows * S::kGroupSums) + i * 2048, k / kSplit);
-                                acc[4 * i] += q.x, acc[4 * i + 1] += q.y, acc[4 * i + 2] += q.z, acc[4 * i + 3] += q.w;
+                                const uint4 q = load_shared4(
+                                    sums + ((k * kRows * kSplit + split) * share + c * S::kChunk + i) * 2048);
+                                acc[4 * i] += __uint_as_float(q.x), acc[4 * i + 1] += __uint_as_float(q.y);
+                                acc[4 * i + 2] += __uint_as_float(q.z), acc[4 * i + 3] += __uint_as_float(q.w);
                             }
                     }
                     float2 v[2 * S::kChunk];
@@ -2586,19 +2587,47 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 #pragma unroll
                     for (int i = 0; i + S::kChunk * 4 < S::kMine * 4; ++i) acc[i] = acc[i + S::kChunk * 4];
                 }
-                if (ranks > 1) cluster_sync(); // none leaves while others read its sums
                 continue;
             }
-        // They go through shared memory, which has an index at run time, and where the parts of a sum meet. The pairs
-        // are dealt to the warpgroups with these rows, in all blocks; without others a lane reads what it wrote.
-        // A warp's 32 pairs are 256 bytes, or with gaps twice 128.
+        // They go through shared memory, which has an index at run time, and where the parts of a sum meet: the pairs
+        // are dealt to the warpgroups with these rows, in all blocks.
+        constexpr int kBatch = min_of(S::kWarps == 16 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
+        if (ranks > 1) {
+            // [dealt that have summed][slots][kSplit][kRowThreads], of pairs that are dealt to a block
+            const int dealt = ranks * kSplit, own = rank * kSplit + split, slots = ceil_div(S::kPairs, dealt);
+            const uint32_t sums = x_stages + (row_warp * 32 + lane) * 8;
+            constexpr int kSlotBytes = S::kPairBytes, kShareBytes = S::kRowThreads * 8;
+            cluster_sync(); // all rings are free
+            int owner = 0, slot = 0;
+#pragma unroll
+            for (int p = 0; p < S::kPairs; ++p) {
+                const uint32_t to = sums + (own * slots + slot) * kSlotBytes + owner % kSplit * kShareBytes;
+                cluster_send(to, sums_full, owner / kSplit, acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]);
+                if (++owner == dealt) owner = 0, ++slot;
+                asm volatile("" : "+r"(slot), "+r"(owner)); // not all of them ahead
+            }
+            auto sum = [&](int i) {
+                float2 v = make_float2(0, 0);
+#pragma unroll 1
+                for (int k = 0; k < dealt; ++k) {
+                    const float2 q = load_shared2(sums + (k * slots + i) * kSlotBytes + split * kShareBytes);
+                    v.x += q.x, v.y += q.y;
+                }
+                return v;
+            };
+            if (own < S::kPairs)
+                pair.write<kBatch>(m0 + own / 2 * 8 + own % 2, dealt * 4, ceil_div(S::kPairs - own, dealt),
+                                   [&] { barrier_wait(sums_full, 0); }, sum);
+            continue;
+        }
+        // Within a block, by rounds; without others a lane reads what it wrote. A warp's 32 pairs are 256 bytes, or with
+        // gaps twice 128.
         constexpr int kPairAt = S::kPairBytes * S::kSumSpread, kSplitAt = S::kRowThreads * 8 * S::kSumSpread;
+        constexpr int kStep = max_of(kSplit, 2); // pairs; every second lies 8 rows on
         const uint32_t meet = shared_address(shared + S::kSums) + row_warp * (256 * S::kSumSpread) +
                               lane / 16 * (128 * S::kSumSpread) + lane % 16 * 8;
-        const int dealt = ranks * kSplit, own = rank * kSplit + split;
         auto sync = [&] {
-            if (ranks > 1) cluster_sync();
-            else if (kSplit > 1) consumer_sync<kThreads>();
+            if (kSplit > 1) consumer_sync<kThreads>();
         };
 #pragma unroll 1
         for (int p0 = 0; p0 < S::kPairs; p0 += S::kTogether) {
@@ -2608,28 +2637,21 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 if (p / S::kTogether * S::kTogether == p0)
                     store_shared2(meet + p % S::kTogether * kPairAt + split * kSplitAt,
                                   make_float2(acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]));
-            // Residuals that are on their way together; sums of the next pairs leave few registers.
-            constexpr int kBatch = min_of(S::kWarps == 16 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
-            const int step = max(dealt, 2); // pairs; every second lies 8 rows on
 #pragma unroll 1
-            for (int first = own; first < (dealt == 1 ? 2 : min(own + 1, S::kTogether)); ++first) {
+            for (int first = split; first < (kSplit == 1 ? 2 : min(split + 1, S::kTogether)); ++first) {
                 auto sum = [&](int i) {
-                    const uint32_t from = meet + (first + i * step) * kPairAt;
                     float2 v = make_float2(0, 0);
-                    auto add = [&](const float2 &q) { v.x += q.x, v.y += q.y; };
-                    if (ranks == 1)
 #pragma unroll
-                        for (int k = 0; k < kSplit; ++k) add(load_shared2(from + k * kSplitAt));
-                    else
-#pragma unroll 1
-                        for (int k = 0; k < dealt; ++k)
-                            add(cluster_load2(from + k % kSplit * kSplitAt, k / kSplit));
+                    for (int k = 0; k < kSplit; ++k) {
+                        const float2 q = load_shared2(meet + (first + i * kStep) * kPairAt + k * kSplitAt);
+                        v.x += q.x, v.y += q.y;
+                    }
                     return v;
                 };
-                pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, step * 4,
-                                   (min(S::kTogether, S::kPairs - p0) - first + step - 1) / step, sync, sum);
+                pair.write<kBatch>(m0 + p0 * 4 + first / 2 * 8 + first % 2, kStep * 4,
+                                   (min(S::kTogether, S::kPairs - p0) - first + kStep - 1) / kStep, sync, sum);
             }
-            if (own >= S::kTogether) sync(); // there is nothing for these
+            if (split >= S::kTogether) sync(); // there is nothing for these
             sync();
         }
     }
@@ -3117,7 +3139,7 @@ cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &
     if (k.box_rows && err == cudaSuccess)
         err = box_maps(a, std::min(k.box_rows, k.n / (k.split * cluster)), maps.y, &maps.boxes);
     if (err != cudaSuccess) return err;
-    maps.fetch = fetches_residual(a, maps.boxes);
+    maps.fetch = fetches_residual(a, maps.boxes), maps.pairs = k.n / 4 / cluster;
     const int n_blocks = total_blocks(a), tiles = ceil_div(n_blocks, k.rows) * ceil_div(a.M, k.n);
     // Blocks that split K take one tile; others stay and take one after the other.
     const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm);
@@ -3252,14 +3274,6 @@ using namespace ptx;
 
 __device__ inline void named_barrier_arrive(int id, int threads) {
     asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-
-/* The same variable in the shared memory of another block of the cluster. */
-template <class T> __device__ inline T *cluster_peer(T *p, int rank) {
-    uint64_t q;
-    asm volatile("mapa.u64 %0, %1, %2;" : "=l"(q) : "l"(p), "r"(rank));
-    return (T *)q;
 }
 
 int device_attribute(cudaDeviceAttr which) { /* of the current device */
@@ -4303,7 +4317,6 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     launch_dependents();
 
     if (tid < 128) {
-        if (cluster > 1) cluster_arrive();
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(S::side_regs));
         if (tid == 0) {
             const auto load_w = [&](int tile, int c, int stage) {
@@ -4331,6 +4344,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                     if (++stage == S::stages) stage = 0, parity ^= 1;
                 }
         } else if (tid >= 32) {
+            if (cluster > 1) cluster_arrive(); /* no other block has to wait for these */
             const int i0 = tid - 32, n_words = p.s.Kp / 32, rows = 8 * max(j1 - j0, 0); /* that this block finishes */
             int *const own = columns + i0 / 32 * gemm8_near;
 #pragma unroll 1
@@ -4425,9 +4439,8 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                     if (const int r = i0 + i * gemm8_side; r < BX) sca[r] = absmax[i];
                 barrier_arrive(side_full);
             }
+            if (cluster > 1) cluster_wait();
         }
-        __syncwarp(); /* a warp waits as a whole */
-        if (cluster > 1) cluster_wait(); /* who has arrived may not leave before */
         return;
     }
 
@@ -4484,13 +4497,12 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         if (cluster > 1) {
             /* A cluster has one tile. Where all rings are done, each block sends each group's sums to the one that
              * finishes it. */
-            cluster_arrive(), cluster_wait();
+            cluster_sync();
             int owner = 0, slot = 0;
 #pragma unroll
             for (int j = 0; j < groups; j++) {
-                cluster_send4(cluster_address(shared_address(sums + (rank * p.mine + slot) * 256), owner),
-                                     cluster_address(shared_address(sums_full), owner),
-                                     make_uint4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]));
+                cluster_send(shared_address(sums + (rank * p.mine + slot) * 256), shared_address(sums_full), owner,
+                              acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
                 if (++slot == p.mine) slot = 0, owner++;
             }
             if (j0 < j1) barrier_wait(sums_full, 0);
@@ -4790,20 +4802,42 @@ cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool
     return launch(linear8_columns, p, dim3(1), 1024, p.s.Kp / 8, 1, pdl, stream);
 }
 
+struct Gemm8Kernel {
+    int bx, blocks; /* blocks: for each multiprocessor */
+    bool divides;
+    int chunk_ns, shared_ns, tile_ns, f32_ns; /* of a chunk, for each of two blocks that share a multiprocessor, of a tile
+                                               * beside its chunks, and if y is f32: fitted to 1,800 times of an H200 */
+    cudaError_t (*launch)(cudaStream_t, const Linear8 &, int cluster, bool pdl);
+};
+template <int BX> constexpr Gemm8Kernel gemm8_kernel(int chunk_ns, int shared_ns, int tile_ns, int f32_ns) {
+    return {BX,       Gemm8Shape<BX>::blocks, Gemm8Shape<BX>::divides, chunk_ns, shared_ns, tile_ns,
+            f32_ns,   linear8_gemm_launch<BX>};
+}
+const Gemm8Kernel gemm8_kernels[] = {
+    gemm8_kernel<16>(371, 303, 520, 144),  gemm8_kernel<32>(500, 364, 945, 142), gemm8_kernel<64>(324, 324, 1445, 344),
+    gemm8_kernel<128>(501, 501, 2833, 650), gemm8_kernel<256>(900, 900, 5000, 1307),
+};
+
+/* The kernel, and the blocks that divide K, by the least estimated time. */
 cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
     if (const cudaError_t e = linear8_codes(stream, l, !linear8_few(l), false, pdl)) return e;
-    const int slots = multiprocessors(), chunks = scratch8(l).Kp / linear8_chunk;
-    const int bx = l.M <= 16 ? 16 : l.M <= 32 ? 32 : l.M <= 64 ? 64 : 128, tiles = tiles8(l, bx, gemm8_rows);
-    /* As many blocks as there are multiprocessors; what blocks of 128 rows of x send each other costs more than it
-     * saves from 4 on. */
-    const int cluster = std::max(1, std::min({slots / tiles, chunks / 2, bx == 128 ? 2 : 8}));
-    if (bx == 16) return linear8_gemm_launch<16>(stream, l, cluster, pdl);
-    if (bx == 32) return linear8_gemm_launch<32>(stream, l, cluster, pdl);
-    if (bx == 64) return linear8_gemm_launch<64>(stream, l, cluster, pdl);
-    /* A wide tile costs about 1.8 narrow ones. */
-    const int wide_waves = (tiles8(l, 256, gemm8_rows) + slots - 1) / slots, waves = (tiles + slots - 1) / slots;
-    if (cluster > 1 || waves * 10 < wide_waves * 18) return linear8_gemm_launch<128>(stream, l, cluster, pdl);
-    return linear8_gemm_launch<256>(stream, l, 1, pdl);
+    const int sm = multiprocessors(), chunks = scratch8(l).Kp / linear8_chunk;
+    const Gemm8Kernel *best = nullptr;
+    int best_cluster = 1;
+    long best_ns = 0;
+    for (const Gemm8Kernel &k : gemm8_kernels)
+        for (int cluster = 1; cluster <= (k.divides ? 8 : 1); cluster *= 2) {
+            const int blocks = tiles8(l, k.bx, gemm8_rows) * cluster, slots = k.blocks * sm;
+            if (k.bx >= 4 * l.M && best) continue; /* mostly zeros */
+            /* Clusters of 4 and 8 find room on ten of eleven multiprocessors. */
+            if (cluster > 1 && (cluster > chunks / 2 || blocks > (cluster > 2 ? slots * 10 / 11 : slots))) continue;
+            const long waves = (blocks + slots - 1) / slots, together = std::min(k.blocks, (blocks + sm - 1) / sm);
+            const long meeting = cluster == 1 ? 0 : cluster == 2 ? 630 : cluster == 4 ? 1070 : 1820;
+            const long ns = waves * chunks * std::max<long>(k.chunk_ns, together * k.shared_ns) / cluster +
+                            waves * (k.tile_ns + (l.y_f32 ? k.f32_ns : 0)) + meeting;
+            if (!best || ns < best_ns) best = &k, best_ns = ns, best_cluster = cluster;
+        }
+    return best->launch(stream, l, best_cluster, pdl);
 }
 
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
@@ -5011,8 +5045,12 @@ __device__ __forceinline__ void decode(const Attention &a) {
     __shared__ float block_acc[peers][G][width], block_top[peers][G], block_sum[peers][G]; /* rank 0's */
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / LANES, d = lane % LANES * 8;
     const int rank = blockIdx.x, n_ranks = gridDim.x, head = blockIdx.y * G, t = blockIdx.z;
+    __shared__ uint64_t joined; /* rank 0's: counts what the blocks send */
     if constexpr (CLUSTER)
-        if (n_ranks > 1) cluster_arrive(); /* once all have, rank 0 runs and can be written to */
+        if (n_ranks > 1) { /* once all have arrived, rank 0 runs and can be written to */
+            if (tid == 0) barrier_init(&joined, 1), barrier_init_fence();
+            cluster_arrive();
+        }
     wait_for_prior_kernel();
     const int2 span = attention_span(a, t);
     const int first = span.x, end = span.y;
@@ -5164,14 +5202,17 @@ __device__ __forceinline__ void decode(const Attention &a) {
             if (i < a.D) split_values(a, t, head + h, rank, n_ranks)[i] = out;
             if (i == 0) *split_sum(a, t, head + h, rank, n_ranks) = make_float2(next, total);
         } else {
-            *cluster_peer(&block_acc[rank][h][i], 0) = out;
-            if (i == 0) *cluster_peer(&block_top[rank][h], 0) = next, *cluster_peer(&block_sum[rank][h], 0) = total;
+            const auto send = [&](const float &to, float v) {
+                cluster_send(shared_address(&to), shared_address(&joined), 0, v);
+            };
+            send(block_acc[rank][h][i], out);
+            if (i == 0) send(block_top[rank][h], next), send(block_sum[rank][h], total);
         }
     }
     if constexpr (CLUSTER) {
-        if (used == 1) return;
-        cluster_sync();
-        if (rank > 0) return;
+        if (used == 1 || rank > 0) return;
+        if (tid == 0) barrier_expect(&joined, used * G * (width + 2) * (int)sizeof(float));
+        barrier_wait(&joined, 0);
         for (int e = tid; e < G * width; e += decode_warps * 32) {
             const int h = e / width, i = e % width;
             float next = no_score, total = 0, out = 0;
