@@ -1082,11 +1082,12 @@ __device__ __forceinline__ void cluster_sync() { cluster_arrive(), cluster_wait(
 
 // Stores to another block's shared memory, where a barrier of that block counts the bytes: who waits for it needs no
 // other. What is remote is computed here, in the order of the stores, as registers are few where there are many.
-#define BNB__CLUSTER_SEND(type, values, ...) \
-    asm volatile("{.reg .b32 to, counts;\n" \
-                 "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counts, %1, %2;\n" \
-                 "st.async.shared::cluster.mbarrier::complete_tx::bytes." type " [to], " values ", [counts];}" ::"r"(address), \
-                 "r"(bar), "r"(rank), __VA_ARGS__ \
+#define BNB__CLUSTER_SEND(type, values, ...)                                                                           \
+    asm volatile("{.reg .b32 to, counts;\n"                                                                            \
+                 "mapa.shared::cluster.u32 to, %0, %2;\nmapa.shared::cluster.u32 counts, %1, %2;\n"                    \
+                 "st.async.shared::cluster.mbarrier::complete_tx::bytes." type " [to], " values                        \
+                 ", [counts];}" ::"r"(address),                                                                        \
+                 "r"(bar), "r"(rank), __VA_ARGS__                                                                      \
                  : "memory")
 __device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x) {
     BNB__CLUSTER_SEND("f32", "%3", "f"(x));
@@ -1094,10 +1095,12 @@ __device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uin
 __device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x, float y) {
     BNB__CLUSTER_SEND("v2.f32", "{%3, %4}", "f"(x), "f"(y));
 }
-__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x, float y, float z, float w) {
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, float x, float y, float z,
+                                             float w) {
     BNB__CLUSTER_SEND("v4.f32", "{%3, %4, %5, %6}", "f"(x), "f"(y), "f"(z), "f"(w));
 }
-__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, int x, int y, int z, int w) {
+__device__ __forceinline__ void cluster_send(uint32_t address, uint32_t bar, uint32_t rank, int x, int y, int z,
+                                             int w) {
     BNB__CLUSTER_SEND("v4.s32", "{%3, %4, %5, %6}", "r"(x), "r"(y), "r"(z), "r"(w));
 }
 #undef BNB__CLUSTER_SEND
@@ -2324,9 +2327,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
         barrier_init(x_first, 1);
         barrier_init(sums_full, 1);
         barrier_init_fence();
-        if (ranks > 1) { // what blocks that split K send to this one: each warpgroup's share of all sums
+        if (ranks > 1) { // what other blocks that split K send to this one: each warpgroup's share of their sums
             const int pairs = min(max(S::kPairs - rank * kSplit, 0), max(maps.pairs, kSplit));
-            barrier_expect(sums_full, pairs * ranks * S::kPairBytes);
+            barrier_expect(sums_full, pairs * (ranks - 1) * S::kPairBytes);
         }
     }
     __syncthreads();
@@ -2513,11 +2516,16 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                     int owner = 0, slot = 0;
 #pragma unroll
                     for (int i = 0; i < kN / 8; ++i) {
-                        cluster_send(to + slot * 2048, sums_full, owner, acc[4 * i], acc[4 * i + 1], acc[4 * i + 2],
-                                      acc[4 * i + 3]);
+                        const uint32_t at = to + slot * 2048;
+                        if (owner == rank)
+                            store_shared4(at, {acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]});
+                        else
+                            cluster_send(at, sums_full, owner, acc[4 * i], acc[4 * i + 1], acc[4 * i + 2],
+                                         acc[4 * i + 3]);
                         if (++slot == kSplit * share) slot = 0, ++owner;
                         asm volatile("" : "+r"(slot), "+r"(owner)); // not all of them ahead
                     }
+                    if (kSplit > 1) consumer_sync<kThreads>(); // else a lane reads what it wrote
                     barrier_wait(sums_full, 0);
                 } else if constexpr (kSplit > 1) { // each gives away the other's half of the rows
                     const uint32_t mine = boxes.base + threadIdx.x % 128 * 16;
@@ -2602,7 +2610,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 #pragma unroll
             for (int p = 0; p < S::kPairs; ++p) {
                 const uint32_t to = sums + (own * slots + slot) * kSlotBytes + owner % kSplit * kShareBytes;
-                cluster_send(to, sums_full, owner / kSplit, acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]);
+                const float2 v = make_float2(acc[p / 2 * 4 + p % 2], acc[p / 2 * 4 + 2 + p % 2]);
+                if (owner / kSplit == rank) store_shared2(to, v);
+                else cluster_send(to, sums_full, owner / kSplit, v.x, v.y);
                 if (++owner == dealt) owner = 0, ++slot;
                 asm volatile("" : "+r"(slot), "+r"(owner)); // not all of them ahead
             }
@@ -2615,9 +2625,14 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 }
                 return v;
             };
+            auto all_are_here = [&] {
+                consumer_sync<kThreads>();
+                barrier_wait(sums_full, 0);
+            };
             if (own < S::kPairs)
                 pair.write<kBatch>(m0 + own / 2 * 8 + own % 2, dealt * 4, ceil_div(S::kPairs - own, dealt),
-                                   [&] { barrier_wait(sums_full, 0); }, sum);
+                                   all_are_here, sum);
+            else all_are_here();
             continue;
         }
         // Within a block, by rounds; without others a lane reads what it wrote. A warp's 32 pairs are 256 bytes, or with
@@ -3064,12 +3079,12 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1>(643, 1180, 130),  wgmma_kernel<16, 2, 2, 2, 1>(657, 820, 190),
-    wgmma_kernel<32, 1, 4, 2, 1>(701, 1320, 100),  wgmma_kernel<32, 2, 2, 2, 1>(671, 2030, 250),
-    wgmma_kernel<64, 1, 4, 1, 1>(547, 2840, 1270), wgmma_kernel<64, 2, 2, 1, 1>(476, 2400, 530),
-    wgmma_kernel<96, 2, 1, 1, 2>(379, 770, 710),   wgmma_kernel<128, 2, 1, 1, 2>(418, 440, 830),
-    wgmma_kernel<176, 2, 1, 1, 2>(534, 150, 1110), wgmma_kernel<208, 2, 1, 1, 2>(574, 280, 3230),
-    wgmma_kernel<256, 2, 1, 1, 2>(729, 1260, 3060),
+    wgmma_kernel<16, 1, 4, 2, 1>(689, 1280, 60),    wgmma_kernel<16, 2, 2, 2, 1>(673, 890, 200),
+    wgmma_kernel<32, 1, 4, 2, 1>(731, 1650, 130),   wgmma_kernel<32, 2, 2, 2, 1>(627, 2170, 0),
+    wgmma_kernel<64, 1, 4, 1, 1>(532, 2220, 610),   wgmma_kernel<64, 2, 2, 1, 1>(503, 2110, 10),
+    wgmma_kernel<96, 2, 1, 1, 2>(383, 830, 480),    wgmma_kernel<128, 2, 1, 1, 2>(438, 600, 940),
+    wgmma_kernel<176, 2, 1, 1, 2>(515, 1160, 2230), wgmma_kernel<208, 2, 1, 1, 2>(584, 520, 1790),
+    wgmma_kernel<256, 2, 1, 1, 2>(735, 750, 1800),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3181,25 +3196,24 @@ const SmallKernel *plan_small(const Linear4 &a) {
 
 // cluster: how many blocks split K.
 const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
+    constexpr int kMeetingNs[2][4] = {{0, 1200, 1800, 2800}, {0, 2300, 2600, 4200}}; // [boxes][1, 2, 4, 8 blocks]
     const WgmmaKernel *best = nullptr;
     long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels) {
         if (k.n > 64 && a.M <= 64) continue; // these never win there
-        for (int split = 1; split <= 8; split *= 2) {
+        for (int split = 1, i = 0; split <= 8; split *= 2, ++i) {
             const int steps = ceil_div(a.K / kGroup, k.groups);
             const int blocks = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n) * split;
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
             const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
             if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
             if (split > 1 && blocks > room) continue;
-            const int meeting = k.box_rows ? split == 2 ? 3400 : split == 4 ? 5400 : 9000
-                                           : split == 2 ? 2400 : split == 4 ? 4200 : 5300;
             // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
             const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
             const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;
             const long steps_ns = (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns);
             const long tile_ns = steps_ns + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
-            const long ns = 1500 + ceil_div(blocks, a.n_sm) * tile_ns + (split > 1 ? meeting : 0);
+            const long ns = ceil_div(blocks, a.n_sm) * tile_ns + kMeetingNs[k.box_rows > 0][i];
             if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
         }
     }
@@ -3648,8 +3662,8 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
             if (at >= Kp) continue;
             *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
             if (at < K)
-                for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare */
-                    const int column = at + __ffs(u) - 1; /* one without a number of 16 bits counts as too many */
+                for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare; a column beyond 16 bits counts as too many */
+                    const int column = at + __ffs(u) - 1;
                     const int place = atomicAdd(&n_outliers, column < few8_many ? 1 : few8 + 1);
                     if (place < few8) few[place] = (uint16_t)column;
                 }
@@ -3734,10 +3748,11 @@ __device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, 
     }
 }
 
+#ifdef BNB__HOPPER
 /* One warp: the outlier columns of all rows, at most 16, in ascending order. -> how many, or -1: merge_few8 is needed.
  * The lists of all rows advance together, from one column to the next. */
+template <int rows> /* of a lane */
 __device__ __forceinline__ int few_columns8(const Linear8 &l, const Scratch8 &s, int *columns) {
-    constexpr int rows = 4; /* of a lane */
     const int lane = threadIdx.x % 32;
     if (l.M > 32 * rows) return -1;
     uint4 f[rows]; /* the first half: all that a row has but for rare ones */
@@ -3763,6 +3778,7 @@ __device__ __forceinline__ int few_columns8(const Linear8 &l, const Scratch8 &s,
             if (front8(f[i]) == next) next8(f[i]);
     }
 }
+#endif
 
 /* One block: list and count of the outlier columns. clear, with rule 0: their codes become 0. */
 struct Columns8 {
@@ -4311,7 +4327,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
         barrier_init(side_full, gemm8_side), barrier_init(side_empty, 256), barrier_init(sums_full, 1);
         barrier_init_fence();
-        barrier_expect(sums_full, cluster * max(j1 - j0, 0) * sums_bytes);
+        barrier_expect(sums_full, (cluster - 1) * max(j1 - j0, 0) * sums_bytes);
     }
     __syncthreads();
     launch_dependents();
@@ -4366,7 +4382,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             named_barrier(1, gemm8_side);
             wait_for_prior_kernel();
             int count = p.listed == 1 ? p.s.count[0] : 0;
-            if (p.listed == 2) count = few_columns8(l, p.s, own);
+            if (p.listed == 2) count = few_columns8<BX < 64 ? 4 : 8>(l, p.s, own);
             if (count < 0) { /* the same for all warps */
                 merge_few8(l, p.s, mask, i0, gemm8_side);
                 named_barrier(1, gemm8_side);
@@ -4410,7 +4426,8 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                         if (at < near * 4) near_w[(at % 4 * 32 + lane) * gemm8_near + at / 4] = codes[i];
                     }
                 }
-                const auto gather = [&](auto number) { /* of x: one loop for each type, as branches would wait */
+                /* Of x: one loop for each type, as branches would wait. */
+                const auto gather = [&](auto number) {
                     const auto *const x = (const decltype(number) *)l.x;
 #pragma unroll 1
                     for (int j = i0 / 32; j < near << x_bits; j += some_x * warps) {
@@ -4493,7 +4510,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         if (lane == 0) barrier_arrive(empty + before);
         __syncwarp();
 
-        const int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads] */
+        int4 *const sums = (int4 *)shared + tid - 128; /* [rank][mine][256 threads], of which each reads its own */
         if (cluster > 1) {
             /* A cluster has one tile. Where all rings are done, each block sends each group's sums to the one that
              * finishes it. */
@@ -4501,8 +4518,11 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             int owner = 0, slot = 0;
 #pragma unroll
             for (int j = 0; j < groups; j++) {
-                cluster_send(shared_address(sums + (rank * p.mine + slot) * 256), shared_address(sums_full), owner,
-                              acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                int4 *const at = sums + (rank * p.mine + slot) * 256;
+                if (owner == rank) *at = make_int4(acc[4 * j], acc[4 * j + 1], acc[4 * j + 2], acc[4 * j + 3]);
+                else
+                    cluster_send(shared_address(at), shared_address(sums_full), owner, acc[4 * j], acc[4 * j + 1],
+                                 acc[4 * j + 2], acc[4 * j + 3]);
                 if (++slot == p.mine) slot = 0, owner++;
             }
             if (j0 < j1) barrier_wait(sums_full, 0);
@@ -4802,23 +4822,25 @@ cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool
     return launch(linear8_columns, p, dim3(1), 1024, p.s.Kp / 8, 1, pdl, stream);
 }
 
+/* What a kernel of linear8_large takes, in ns: of a chunk, more of it where every multiprocessor has a block, of a tile
+ * beside its chunks, and if y is f32. Fitted to 1,800 times of an H200 so that the choice is the best. */
 struct Gemm8Kernel {
     int bx, blocks; /* blocks: for each multiprocessor */
     bool divides;
-    int chunk_ns, shared_ns, tile_ns, f32_ns; /* of a chunk, for each of two blocks that share a multiprocessor, of a tile
-                                               * beside its chunks, and if y is f32: fitted to 1,800 times of an H200 */
+    int chunk_ns, busy_ns, tile_ns, f32_ns;
     cudaError_t (*launch)(cudaStream_t, const Linear8 &, int cluster, bool pdl);
 };
-template <int BX> constexpr Gemm8Kernel gemm8_kernel(int chunk_ns, int shared_ns, int tile_ns, int f32_ns) {
-    return {BX,       Gemm8Shape<BX>::blocks, Gemm8Shape<BX>::divides, chunk_ns, shared_ns, tile_ns,
-            f32_ns,   linear8_gemm_launch<BX>};
+template <int BX> constexpr Gemm8Kernel gemm8_kernel(int chunk_ns, int busy_ns, int tile_ns, int f32_ns) {
+    using S = Gemm8Shape<BX>;
+    return {BX, S::blocks, S::divides, chunk_ns, busy_ns, tile_ns, f32_ns, linear8_gemm_launch<BX>};
 }
 const Gemm8Kernel gemm8_kernels[] = {
-    gemm8_kernel<16>(371, 303, 520, 144),  gemm8_kernel<32>(500, 364, 945, 142), gemm8_kernel<64>(324, 324, 1445, 344),
-    gemm8_kernel<128>(501, 501, 2833, 650), gemm8_kernel<256>(900, 900, 5000, 1307),
+    gemm8_kernel<16>(154, 248, 645, 21),     gemm8_kernel<32>(200, 270, 1116, 156),
+    gemm8_kernel<64>(201, 138, 1260, 347),   gemm8_kernel<128>(323, 157, 2822, 977),
+    gemm8_kernel<256>(657, 305, 4608, 1264),
 };
 
-/* The kernel, and the blocks that divide K, by the least estimated time. */
+/* The kernel, and the number of blocks that divide K, by the least estimated time. */
 cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
     if (const cudaError_t e = linear8_codes(stream, l, !linear8_few(l), false, pdl)) return e;
     const int sm = multiprocessors(), chunks = scratch8(l).Kp / linear8_chunk;
@@ -4827,14 +4849,15 @@ cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
     long best_ns = 0;
     for (const Gemm8Kernel &k : gemm8_kernels)
         for (int cluster = 1; cluster <= (k.divides ? 8 : 1); cluster *= 2) {
-            const int blocks = tiles8(l, k.bx, gemm8_rows) * cluster, slots = k.blocks * sm;
             if (k.bx >= 4 * l.M && best) continue; /* mostly zeros */
+            const int blocks = tiles8(l, k.bx, gemm8_rows) * cluster, slots = k.blocks * sm;
             /* Clusters of 4 and 8 find room on ten of eleven multiprocessors. */
-            if (cluster > 1 && (cluster > chunks / 2 || blocks > (cluster > 2 ? slots * 10 / 11 : slots))) continue;
-            const long waves = (blocks + slots - 1) / slots, together = std::min(k.blocks, (blocks + sm - 1) / sm);
-            const long meeting = cluster == 1 ? 0 : cluster == 2 ? 630 : cluster == 4 ? 1070 : 1820;
-            const long ns = waves * chunks * std::max<long>(k.chunk_ns, together * k.shared_ns) / cluster +
-                            waves * (k.tile_ns + (l.y_f32 ? k.f32_ns : 0)) + meeting;
+            const int room = cluster > 2 ? slots * 10 / 11 : slots;
+            if (cluster > 1 && (cluster > chunks / 2 || blocks > room)) continue;
+            const long waves = (blocks + slots - 1) / slots;
+            const long chunk_ns = k.chunk_ns + (long)k.busy_ns * std::min(blocks, slots) / sm;
+            const int meeting = cluster == 1 ? 0 : cluster == 2 ? 500 : cluster == 4 ? 1000 : 1310;
+            const long ns = waves * (chunks * chunk_ns / cluster + k.tile_ns + (l.y_f32 ? k.f32_ns : 0)) + meeting;
             if (!best || ns < best_ns) best = &k, best_ns = ns, best_cluster = cluster;
         }
     return best->launch(stream, l, best_cluster, pdl);
