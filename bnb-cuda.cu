@@ -4382,7 +4382,8 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             named_barrier(1, gemm8_side);
             wait_for_prior_kernel();
             int count = p.listed == 1 ? p.s.count[0] : 0;
-            if (p.listed == 2) count = few_columns8<BX < 64 ? 4 : 8>(l, p.s, own);
+            if (p.listed == 2)
+                count = BX >= 64 && l.M > 128 ? few_columns8<8>(l, p.s, own) : few_columns8<4>(l, p.s, own);
             if (count < 0) { /* the same for all warps */
                 merge_few8(l, p.s, mask, i0, gemm8_side);
                 named_barrier(1, gemm8_side);
