@@ -4824,7 +4824,7 @@ cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool
 }
 
 /* What a kernel of linear8_large takes, in ns: of a chunk, more of it where every multiprocessor has a block, of a tile
- * beside its chunks, and if y is f32. Fitted to 1,800 times of an H200 so that the choice is the best. */
+ * beside its chunks, and if y is f32. Fitted to 1,618 times of an H200 so that the choice is the best. */
 struct Gemm8Kernel {
     int bx, blocks; /* blocks: for each multiprocessor */
     bool divides;
