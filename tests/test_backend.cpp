@@ -185,6 +185,21 @@ TEST_SUITE("backend") {
     TEST_CASE("backend: products of many tiles (4-bit), large") { many_tiles(BNB_NF4); }
     TEST_CASE("backend: products of many tiles (int8), large") { many_tiles(BNB_INT8); }
 
+    TEST_CASE("backend: outliers in columns whose numbers have more than 16 bits") {
+        for (const int64_t M : {1, 20}) {
+            auto build = [&](Net &net) {
+                Rng rng(M);
+                const int64_t N = 16, K = 65536 + 128;
+                bnb_quant q = bnb_quant_default(BNB_INT8);
+                std::vector<float> x = rng.normals(M * K, 0.5);
+                for (int64_t m = 0; m < M; m += 3)
+                    for (const int64_t k : {int64_t(7), int64_t(65533), int64_t(65534), int64_t(65535), K - 1}) x[m * K + k] = 9.0f + m;
+                return std::vector<bnb_tensor *>{bnb_linear(net.ctx, net.input({M, K}, x), net.weight(BNB_INT8, {N, K}, rng.normals(N * K, 0.1), &q), nullptr)};
+            };
+            compare(build, 2e-5, 2e-3, "wide " + std::to_string(M));
+        }
+    }
+
     TEST_CASE("backend: attention, many spans and heads") {
         for (uint64_t seed = 0; seed < 60; seed++) {
             auto build = [&](Net &net) {
