@@ -1254,6 +1254,7 @@ template <int kRows, int kBytes> struct Boxes {
 #define BNB__OUT_88(c, d, i) BNB__OUT_80(c, d, i), BNB__OUT_8(c, d, i + 80)
 #define BNB__OUT_96(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_32(c, d, i + 64)
 #define BNB__OUT_104(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_8(c, d, i + 96)
+#define BNB__OUT_112(c, d, i) BNB__OUT_96(c, d, i), BNB__OUT_16(c, d, i + 96)
 #define BNB__OUT_128(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_64(c, d, i + 64)
 
 // NAME(d, a, b, more): d [64, N] f32 += a [64, 16] f16 in registers * b [N, 16]^T, or where T is 1 b [16, N], f16 in shared
@@ -1278,11 +1279,11 @@ BNB__WGMMA_RS(wgmma, 0, 256, 128, 128, 129, 130, 131, 132, 133)
 // On the host:
 
 template <class... Args>
-cudaError_t launch(cudaStream_t stream, void (*kernel)(Args...), dim3 grid, int threads, int shared, int cluster,
+cudaError_t launch(cudaStream_t stream, void (*kernel)(Args...), dim3 grid, dim3 threads, int shared, int cluster,
                    bool pdl, Args... args) {
     cudaLaunchAttribute attribute[2] = {};
     cudaLaunchConfig_t config = {};
-    config.gridDim = grid, config.blockDim = dim3(threads);
+    config.gridDim = grid, config.blockDim = threads;
     config.dynamicSmemBytes = shared, config.stream = stream, config.attrs = attribute;
     if (cluster > 1) {
         attribute[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
@@ -2255,6 +2256,8 @@ struct WgmmaMaps {
     HowBoxes boxes;
     bool fetch; // the residual, ahead
     int pairs;  // of rows of x and of W, which a lane has of a tile, for each block of a cluster
+    int first, end; // tiles of this launch
+    bool follows;   // another launch with tiles of the same product, which has waited for the kernel before
 };
 
 // kN rows of x by 64 kRows rows of W per block; kSplit warpgroups share each 64 rows of W and split K, which may be
@@ -2309,8 +2312,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
     // Tiles of y with the same rows of W follow each other, so that W is read from memory once.
     const int groups = a.K / kGroup, all_steps = ceil_div(groups, S::kStepGroups);
     const int step0 = all_steps * rank / ranks, step1 = all_steps * (rank + 1) / ranks;
-    const int m_tiles = ceil_div(a.M, kN), n_tiles = ceil_div(n_blocks, kRows) * m_tiles;
-    const int tile0 = blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
+    const int m_tiles = ceil_div(a.M, kN), n_tiles = maps.end;
+    const int tile0 = maps.first + blockIdx.x / ranks, tile_stride = gridDim.x / ranks;
     auto first_block = [&](int tile) { return tile / m_tiles * kRows; };
 
     const uint32_t w_full = shared_address(shared + S::kBarriers); // barriers are u64, of these three [kStages] each
@@ -2365,7 +2368,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
             // level cache. Only one weight has a residual.
             const int ahead = ceil_div(kN, step1 - step0);
             const bool fetches = maps.fetch && ((uintptr_t)a.residual & 15) == 0 && a.ldr % 4 == 0;
-            if (!weights) wait_for_prior_kernel(); // which weights do not depend on
+            if (!weights && !maps.follows) wait_for_prior_kernel(); // which weights do not depend on
             int copies = 0;
             for (int tile = tile0; tile < n_tiles; tile += tile_stride) {
                 const int m0 = tile % m_tiles * kN, n0 = first_block(tile) * kBlockRows;
@@ -3079,12 +3082,12 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1>(689, 1280, 60),    wgmma_kernel<16, 2, 2, 2, 1>(673, 890, 200),
-    wgmma_kernel<32, 1, 4, 2, 1>(731, 1650, 130),   wgmma_kernel<32, 2, 2, 2, 1>(627, 2170, 0),
-    wgmma_kernel<64, 1, 4, 1, 1>(532, 2220, 610),   wgmma_kernel<64, 2, 2, 1, 1>(503, 2110, 10),
-    wgmma_kernel<96, 2, 1, 1, 2>(383, 830, 480),    wgmma_kernel<128, 2, 1, 1, 2>(438, 600, 940),
-    wgmma_kernel<176, 2, 1, 1, 2>(515, 1160, 2230), wgmma_kernel<208, 2, 1, 1, 2>(584, 520, 1790),
-    wgmma_kernel<256, 2, 1, 1, 2>(735, 750, 1800),
+    wgmma_kernel<16, 1, 4, 2, 1>(679, 1480, 0),    wgmma_kernel<16, 2, 2, 2, 1>(702, 860, 0),
+    wgmma_kernel<32, 1, 4, 2, 1>(749, 1750, 120),  wgmma_kernel<32, 2, 2, 2, 1>(649, 2310, 0),
+    wgmma_kernel<64, 1, 4, 1, 1>(537, 2510, 90),   wgmma_kernel<64, 2, 2, 1, 1>(503, 2110, 0),
+    wgmma_kernel<96, 2, 1, 1, 2>(379, 930, 200),   wgmma_kernel<128, 2, 1, 1, 2>(409, 930, 550),
+    wgmma_kernel<176, 2, 1, 1, 2>(510, 1120, 810), wgmma_kernel<208, 2, 1, 1, 2>(602, 390, 1710),
+    wgmma_kernel<256, 2, 1, 1, 2>(751, 1190, 860),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3147,18 +3150,36 @@ cudaError_t run_small(cudaStream_t stream, const Linear4 &a, const SmallKernel &
     return launch(stream, k.kernel, g.blocks, 512, g.shared, cluster, pdl, a, g.bands / g.blocks, g.bands % g.blocks);
 }
 
-// cluster: blocks that split K.
-cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, bool pdl) {
+struct WgmmaPlan {
+    const WgmmaKernel *kernel;
+    int cluster; // blocks that split K
+    int tail;    // ... of the tiles that are left when all multiprocessors have had the same number; 0: as the others
+};
+
+// Tiles first..end - 1, or as long as there are some.
+cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &k, int cluster, int first, int end,
+                      bool pdl) {
     WgmmaMaps maps = {};
     cudaError_t err = tensor_map(&maps.x, 2, a.x, a.K, a.M, a.ldx * 2, k.n);
     if (k.box_rows && err == cudaSuccess)
         err = box_maps(a, std::min(k.box_rows, k.n / (k.split * cluster)), maps.y, &maps.boxes);
     if (err != cudaSuccess) return err;
     maps.fetch = fetches_residual(a, maps.boxes), maps.pairs = k.n / 4 / cluster;
-    const int n_blocks = total_blocks(a), tiles = ceil_div(n_blocks, k.rows) * ceil_div(a.M, k.n);
+    maps.first = first, maps.end = end, maps.follows = first > 0;
     // Blocks that split K take one tile; others stay and take one after the other.
-    const int clusters = cluster > 1 ? tiles : std::min(tiles, a.n_sm);
-    return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, maps, n_blocks);
+    const int clusters = cluster > 1 ? end - first : std::min(end - first, a.n_sm);
+    return launch(stream, k.kernel, clusters * cluster, k.threads, k.shared, cluster, pdl, a, maps, total_blocks(a));
+}
+
+// What is left for less than a round of blocks may be a launch of its own, whose blocks split K. They start where the
+// others end, as two have no room together; so x is there, which those have waited for. Before they write they wait for the
+// end of all others, as what comes after waits for these alone.
+cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaPlan &p, bool pdl) {
+    const WgmmaKernel &k = *p.kernel;
+    const int tiles = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n);
+    const int even = p.tail ? tiles / a.n_sm * a.n_sm : tiles;
+    const cudaError_t err = run_wgmma(stream, a, k, p.cluster, 0, even, pdl);
+    return err == cudaSuccess && even < tiles ? run_wgmma(stream, a, k, p.tail, even, tiles, pdl) : err;
 }
 
 cudaError_t run_mma(cudaStream_t stream, const Linear4 &a, const MmaKernel &k, bool pdl) {
@@ -3194,27 +3215,32 @@ const SmallKernel *plan_small(const Linear4 &a) {
     return best;
 }
 
-// cluster: how many blocks split K.
-const WgmmaKernel *plan_wgmma(const Linear4 &a, int *cluster) {
-    constexpr int kMeetingNs[2][4] = {{0, 1200, 1800, 2800}, {0, 2300, 2600, 4200}}; // [boxes][1, 2, 4, 8 blocks]
-    const WgmmaKernel *best = nullptr;
+WgmmaPlan plan_wgmma(const Linear4 &a) {
+    constexpr int kMeetingNs[2][4] = {{0, 1200, 1900, 3400}, {0, 2600, 3700, 4800}}; // [boxes][1, 2, 4, 8 blocks]
+    constexpr int kTailNs = 3000;                                                    // of a launch more
+    WgmmaPlan best = {};
     long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels) {
         if (k.n > 64 && a.M <= 64) continue; // these never win there
-        for (int split = 1, i = 0; split <= 8; split *= 2, ++i) {
-            const int steps = ceil_div(a.K / kGroup, k.groups);
-            const int blocks = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n) * split;
+        const int steps = ceil_div(a.K / kGroup, k.groups);
+        const int tiles = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n), left = tiles % a.n_sm;
+        // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
+        const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
+        const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;
+        auto tile_ns = [&](int split) {
+            return (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns) + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
+        };
+        auto consider = [&](long ns, int split, int tail) {
+            if (!best.kernel || ns < best_ns) best = {&k, split, tail}, best_ns = ns;
+        };
+        consider(ceil_div(tiles, a.n_sm) * tile_ns(1), 1, 0);
+        for (int split = 2, i = 1; split <= 8; split *= 2, ++i) {
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
-            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
+            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm, meeting = kMeetingNs[k.box_rows > 0][i];
             if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
-            if (split > 1 && blocks > room) continue;
-            // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
-            const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
-            const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;
-            const long steps_ns = (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns);
-            const long tile_ns = steps_ns + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
-            const long ns = ceil_div(blocks, a.n_sm) * tile_ns + kMeetingNs[k.box_rows > 0][i];
-            if (!best || ns < best_ns) best = &k, best_ns = ns, *cluster = split;
+            if (tiles * split <= room) consider(tile_ns(split) + meeting, split, 0);
+            if (tiles > a.n_sm && left > 0 && left * split <= room && 2 * k.shared > a.max_shared)
+                consider(tiles / a.n_sm * tile_ns(1) + kTailNs + tile_ns(split) + meeting, 1, split);
         }
     }
     return best;
@@ -3251,9 +3277,7 @@ cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
     if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
-    int cluster = 1;
-    const WgmmaKernel *k = plan_wgmma(a, &cluster);
-    return run_wgmma(stream, a, *k, cluster, pdl);
+    return run_wgmma(stream, a, plan_wgmma(a), pdl);
 }
 
 // K % 8 == 0, and x fits; on Hopper beside a ring of at least four stages.
@@ -3298,7 +3322,7 @@ int device_attribute(cudaDeviceAttr which) { /* of the current device */
 int multiprocessors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
 
 template <class P>
-cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, int threads, size_t shared, int cluster, bool pdl,
+cudaError_t launch(void (*kernel)(P), const P &params, dim3 grid, dim3 threads, size_t shared, int cluster, bool pdl,
                    cudaStream_t stream) {
     return ptx::launch(stream, kernel, grid, threads, (int)shared, cluster, pdl, params);
 }
@@ -3413,6 +3437,9 @@ BNB__WGMMA_S8(16, 8, 8, 9, 10)
 BNB__WGMMA_S8(32, 16, 16, 17, 18)
 BNB__WGMMA_S8(64, 32, 32, 33, 34)
 BNB__WGMMA_S8(128, 64, 64, 65, 66)
+BNB__WGMMA_S8(160, 80, 80, 81, 82)
+BNB__WGMMA_S8(192, 96, 96, 97, 98)
+BNB__WGMMA_S8(224, 112, 112, 113, 114)
 BNB__WGMMA_S8(256, 128, 128, 129, 130)
 
 /* d [64, N] f32 += a [64, 16] f16 * b [N, 16]^T f16; more = 0 starts from zero. */
@@ -3441,7 +3468,7 @@ BNB__WGMMA_RS(wgmma_rs, 1, 256, 128, 128, 129, 130, 131, 132, 133)
  *             linear8_skinny_mma: the same, to M = 16, with rings filled by cp.async in place of Hopper's copy engine.
  *   larger    linear8_quantize, then on Hopper linear8_gemm: wgmma m64nNk32, elsewhere linear8_gemm_mma: mma m16n8k32.
  *             In both the weights are the product's first operand: N rounds M up, and W is read once for many rows.
- *             With a threshold linear8_columns goes between, but for few rows on Hopper (linear8_few).
+ *             With a threshold linear8_columns goes between, elsewhere and if K is more than 32768 (linear8_few).
  *
  * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
  * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
@@ -3470,7 +3497,7 @@ struct Linear8 {
     void *scratch;    /* linear8_scratch() bytes, 256-byte aligned; no state between launches */
 };
 
-enum { linear8_chunk = 128, few8 = 16 }; /* columns in one tile: the swizzle's width; places for a row's outliers */
+enum { linear8_chunk = 128, few8 = 16 }; /* columns in one tile: the swizzle's width; a list's places */
 enum { few8_none = 0xffff, few8_many = 0xfffe }; /* in place of a column */
 enum { gemm8_near = 16 };                        /* outlier columns taken at once */
 
@@ -3481,12 +3508,16 @@ struct Scratch8 {
     int8_t *codes; /* [M, Kp] x in int8: 0 for outliers and beyond K */
     float *sca;    /* [M]     largest magnitude of a row's ordinary elements */
     uint8_t *mask; /* [M, Kp / 8] bit k: x[m, k] is an outlier; only for M <= 16 and where `few` has no room */
-    uint16_t *few; /* [M, 16] a row's outlier columns, ascending, then few8_none; or few8_many: see mask */
+    uint16_t *few; /* [lists, 16] a few rows' outlier columns, ascending, then few8_none; or few8_many: see mask */
     int *list;     /* [Kp]    columns with an outlier in some row, ascending */
     int *count;    /* [1]     how many */
     int Kp;
+    int row_threads, rows, lists; /* threads for a row; rows for a list and a block of linear8_quantize; M / rows */
     size_t bytes;
 };
+
+enum { quantize8_ahead = 2, quantize8_most = 1024 }; /* 16 numbers for a thread keep a row's way short; threads */
+enum { few_lists8 = 128, lists8 = 3 * few_lists8 };  /* that one warp, three warps of linear8_gemm merge in registers */
 
 Scratch8 scratch8(const Linear8 &l) {
     Scratch8 s;
@@ -3496,10 +3527,14 @@ Scratch8 scratch8(const Linear8 &l) {
         return p += (bytes + 255) & ~(size_t)255, p - ((bytes + 255) & ~(size_t)255);
     };
     s.Kp = (int)Kp;
+    s.row_threads = std::max(64, std::min((l.K / (8 * quantize8_ahead) + 31) / 32 * 32, (int)quantize8_most));
+    /* Several rows cost a little, and save time where K is soon done but lists are not. */
+    s.rows = l.K > 2048 ? 1 : std::min((l.M + few_lists8 - 1) / few_lists8, quantize8_most / s.row_threads);
+    s.lists = (l.M + s.rows - 1) / s.rows;
     s.codes = (int8_t *)take(M * Kp);
     s.sca = (float *)take(M * 4);
     s.mask = (uint8_t *)take(M * Kp / 8);
-    s.few = (uint16_t *)take(M * few8 * 2);
+    s.few = (uint16_t *)take((size_t)s.lists * few8 * 2);
     s.list = (int *)take(Kp * 4);
     s.count = (int *)take(4);
     s.bytes = (size_t)(p - start);
@@ -3593,22 +3628,26 @@ __device__ inline float quant_scale8(float absmax) {
     return absmax > 0 ? __fmul_rn(127.0f, r) : 0;
 }
 
-/* rint(x * scale) of 8 ordinary numbers. 1.5 * 2^23 leaves no bits below 1: the low byte is the rounded number. */
+/* rint(x * scale) of an ordinary number. 1.5 * 2^23 leaves no bits below 1: the low byte is the rounded number. */
+__device__ inline uint32_t code8(float x, float scale) {
+    return __float_as_uint(__fadd_rn(__fmul_rn(x, scale), 12582912.0f));
+}
+/* ... of 8. */
 __device__ inline uint64_t quantize8(const uint4 &x, float scale) {
     const __half2 *h = (const __half2 *)&x;
     uint32_t r[8];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const float2 f = __half22float2(h[i]);
-        r[2 * i] = __float_as_uint(__fadd_rn(__fmul_rn(f.x, scale), 12582912.0f));
-        r[2 * i + 1] = __float_as_uint(__fadd_rn(__fmul_rn(f.y, scale), 12582912.0f));
+        r[2 * i] = code8(f.x, scale), r[2 * i + 1] = code8(f.y, scale);
     }
     const uint32_t low = __byte_perm(__byte_perm(r[0], r[1], 0x0040), __byte_perm(r[2], r[3], 0x0040), 0x5410);
     const uint32_t high = __byte_perm(__byte_perm(r[4], r[5], 0x0040), __byte_perm(r[6], r[7], 0x0040), 0x5410);
     return (uint64_t)high << 32 | low;
 }
 
-__device__ inline float block_max8(float v, float *maxima) { /* maxima [warps] in shared memory */
+/* The largest v of the block's threads with this one's threadIdx.y: whole warps. maxima [warps] in shared memory: theirs */
+__device__ inline float row_max8(float v, float *maxima) {
     for (int i = 16; i; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
     if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = v;
     __syncthreads();
@@ -3621,15 +3660,20 @@ struct Quantize8 {
     Scratch8 s;
 };
 
-/* A block for each row; 16 numbers for a thread keep a row's way short, as the product waits for it. */
-enum { quantize8_ahead = 2, quantize8_most = 1024 };
-__global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_constant__ Quantize8 p) {
+/* A block for each list of outlier columns, thus for s.rows rows of x, which are several or not. */
+template <bool Several>
+__global__ void __launch_bounds__(quantize8_most, 2) linear8_quantize(const __grid_constant__ Quantize8 p) {
 #ifdef BNB__MMA
     constexpr int ahead = quantize8_ahead;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    uint32_t *const found = (uint32_t *)shared; /* [Kp / 32] outlier columns of several rows */
     __shared__ float maxima[quantize8_most / 32];
     __shared__ __align__(16) uint16_t few[few8];
     __shared__ int n_outliers;
-    const int tid = threadIdx.x, m = blockIdx.x, K = p.l.K, Kp = p.s.Kp, step = blockDim.x * 8;
+    const int own = threadIdx.x, row = Several ? threadIdx.y : 0, tid = row * blockDim.x + own, step = blockDim.x * 8;
+    const int m = Several ? blockIdx.x * p.s.rows + row : blockIdx.x;
+    const bool exists = !Several || m < p.l.M;
+    const int K = exists ? p.l.K : 0, Kp = exists ? p.s.Kp : 0;
     const __half2 limit = limit8(p.l.threshold);
     uint4 x[ahead];
     uint32_t outliers[ahead];
@@ -3650,35 +3694,38 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
     launch_dependents();
     if (tid < few8) few[tid] = few8_none;
     if (tid == 0) n_outliers = 0;
+    if (Several)
+        for (int i = tid; i < p.s.Kp / 32; i += blockDim.x * blockDim.y) found[i] = 0;
     wait_for_prior_kernel();
-    for (int k = tid * 8; k < K; k += ahead * step) load(k);
-    absmax = block_max8(absmax, maxima);
+    for (int k = own * 8; k < K; k += ahead * step) load(k);
+    absmax = row_max8(absmax, maxima + row * (blockDim.x / 32));
     const float scale = quant_scale8(absmax);
-    for (int k = tid * 8; k < Kp; k += ahead * step) {
+    for (int k = own * 8; k < Kp; k += ahead * step) {
         if (K > ahead * step) load(k); /* else it is still there */
 #pragma unroll
         for (int i = 0; i < ahead; i++) {
             const int at = k + i * step;
             if (at >= Kp) continue;
             *(uint64_t *)(p.s.codes + (size_t)m * Kp + at) = at < K ? quantize8(x[i], scale) : 0;
-            if (at < K)
-                for (uint32_t u = outliers[i]; u; u &= u - 1) { /* rare; a column beyond 16 bits counts as too many */
-                    const int column = at + __ffs(u) - 1;
-                    const int place = atomicAdd(&n_outliers, column < few8_many ? 1 : few8 + 1);
-                    if (place < few8) few[place] = (uint16_t)column;
-                }
+            uint32_t u = at < K ? outliers[i] : 0;
+            if (Several && u) u &= ~(atomicOr(found + at / 32, u << at % 32) >> at % 32); /* no other row had it */
+            for (; u; u &= u - 1) { /* rare; a column beyond 16 bits counts as too many */
+                const int column = at + __ffs(u) - 1;
+                const int place = atomicAdd(&n_outliers, column < few8_many ? 1 : few8 + 1);
+                if (place < few8) few[place] = (uint16_t)column;
+            }
         }
     }
-    if (tid == 0) p.s.sca[m] = absmax;
+    if (own == 0 && exists) p.s.sca[m] = absmax;
     __syncthreads();
     if (tid < few8) { /* in ascending order */
         int place = 0;
 #pragma unroll
         for (int i = 0; i < few8; i++) place += few[i] < few[tid] || (few[i] == few[tid] && i < tid);
-        p.s.few[m * few8 + place] = n_outliers > few8 ? few8_many : few[tid];
+        p.s.few[blockIdx.x * few8 + place] = n_outliers > few8 ? few8_many : few[tid];
     }
     if (n_outliers <= few8 && p.l.M > 16) return; /* nothing reads the mask */
-    for (int k = tid * 8; k < Kp; k += ahead * step) {
+    for (int k = own * 8; k < Kp; k += ahead * step) {
         if (K > ahead * step) load(k);
 #pragma unroll
         for (int i = 0; i < ahead; i++)
@@ -3689,9 +3736,10 @@ __global__ void __launch_bounds__(quantize8_most) linear8_quantize(const __grid_
 }
 
 cudaError_t linear8_quantize_launch(cudaStream_t stream, const Linear8 &l, bool pdl) {
-    const int threads = (l.K / (8 * quantize8_ahead) + 31) / 32 * 32;
-    return launch(linear8_quantize, Quantize8{l, scratch8(l)}, dim3(l.M),
-                  std::max(64, std::min(threads, (int)quantize8_most)), 0, 1, pdl, stream);
+    const Quantize8 p = {l, scratch8(l)};
+    const bool several = p.s.rows > 1;
+    return launch(several ? linear8_quantize<true> : linear8_quantize<false>, p, dim3(p.s.lists),
+                  dim3(p.s.row_threads, p.s.rows), several ? p.s.Kp / 8 : 0, 1, pdl, stream);
 }
 
 /* One warp: columns `from`.. of the mask, at most `most` of them, in ascending order. -> how many the mask has
@@ -3716,67 +3764,105 @@ __device__ inline int mask_columns8(const uint32_t *mask, int n_words, int from,
     return __shfl_sync(~0u, sum, 31);
 }
 
-/* Half a row's list: its first column, and without it. */
+/* Half a list: its first column, and without it. */
 __device__ inline uint32_t front8(const uint4 &f) { return f.x & 0xffff; }
 __device__ inline void next8(uint4 &f) {
     f.x = __funnelshift_r(f.x, f.y, 16), f.y = __funnelshift_r(f.y, f.z, 16);
     f.z = __funnelshift_r(f.z, f.w, 16), f.w = __funnelshift_r(f.w, ~0u, 16);
 }
 
-/* mask [Kp / 32] in shared memory, zeros before, gets the outlier columns of all rows. For `threads`, this one is
- * thread i of them. */
+#ifdef BNB__MMA
+/* One warp: the least column that begins one of its lists, which is taken out of them; few8_none: all are empty. */
+template <int lists> /* of a lane */
+__device__ __forceinline__ uint32_t least8(uint4 (&f)[lists]) {
+    uint32_t least = few8_none;
+#pragma unroll
+    for (int i = 0; i < lists; i++) least = min(least, front8(f[i]));
+    least = __reduce_min_sync(~0u, least);
+#pragma unroll
+    for (int i = 0; i < lists; i++)
+        if (front8(f[i]) == least) next8(f[i]);
+    return least;
+}
+
+/* mask [Kp / 32] in shared memory, zeros before, gets the outlier columns of all rows. For `threads`, whole warps, this
+ * one is thread i of them. A warp's lists advance together, as most rows have the same columns and atomics to one word
+ * queue; after 16 columns each goes on for itself. */
 __device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, uint32_t *mask, int i, int threads) {
-    constexpr int together = 2; /* on their way before the first is waited for */
+    constexpr int lists = 4; /* of a lane, half of each at a time */
+    const int lane = i % 32;
+    const auto note = [&](uint32_t k) { atomicOr(mask + k / 32, 1u << k % 32); };
 #pragma unroll 1
-    for (const uint4 none = make_uint4(~0u, ~0u, ~0u, ~0u); i < l.M * 2; i += together * threads) {
-        uint4 f[together]; /* half a row each */
-#pragma unroll
-        for (int j = 0; j < together; j++)
-            f[j] = i + j * threads < l.M * 2 ? __ldcg((const uint4 *)s.few + i + j * threads) : none;
-#pragma unroll
-        for (int j = 0; j < together; j++) {
-            if (front8(f[j]) == few8_many) {
-                const uint32_t *const row = (const uint32_t *)s.mask + (size_t)((i + j * threads) / 2) * (s.Kp / 32);
+    for (int first = i / 32 * 32 * lists; first < s.lists; first += threads * lists) {
+        bool more = true;
 #pragma unroll 1
-                for (int w = (i + j * threads) % 2; w < s.Kp / 32; w += 2)
-                    if (const uint32_t u = row[w]) atomicOr(mask + w, u);
-                continue;
+        for (int half = 0; half < 2 && __any_sync(~0u, more); half++) {
+            uint4 f[lists];
+            more = false;
+#pragma unroll
+            for (int j = 0; j < lists; j++) {
+                const int at = first + lane + 32 * j;
+                f[j] = make_uint4(~0u, ~0u, ~0u, ~0u);
+                if (at < s.lists) f[j] = __ldcg((const uint4 *)s.few + at * 2 + half);
             }
+#pragma unroll
+            for (int j = 0; j < lists; j++) {
+                more |= f[j].w >> 16 != few8_none;
+                if (front8(f[j]) != few8_many) continue;
+                const int words = s.Kp / 32, m = (first + lane + 32 * j) * s.rows;
+                const uint32_t *const row = (const uint32_t *)s.mask + (size_t)m * words;
 #pragma unroll 1
-            for (; front8(f[j]) != few8_none; next8(f[j])) atomicOr(mask + front8(f[j]) / 32, 1u << front8(f[j]) % 32);
+                for (int w = half; w < min(s.rows, l.M - m) * words; w += 2)
+                    if (const uint32_t u = row[w]) atomicOr(mask + w % words, u);
+                f[j] = make_uint4(~0u, ~0u, ~0u, ~0u);
+            }
+            __syncwarp();
+#pragma unroll 1
+            for (int n = 0; n < 16; n++) {
+                const uint32_t least = least8(f);
+                if (least == few8_none) break;
+                if (lane == 0) note(least);
+            }
+#pragma unroll
+            for (int j = 0; j < lists; j++)
+#pragma unroll 1
+                for (; front8(f[j]) != few8_none; next8(f[j])) note(front8(f[j]));
         }
     }
 }
+#endif
 
 #ifdef BNB__HOPPER
-/* One warp: the outlier columns of all rows, at most 16, in ascending order. -> how many, or -1: merge_few8 is needed.
- * The lists of all rows advance together, from one column to the next. */
-template <int rows> /* of a lane */
-__device__ __forceinline__ int few_columns8(const Linear8 &l, const Scratch8 &s, int *columns) {
+/* One warp: what its lists have, at most 16 columns, in ascending order. -> how many, or -1: there are more. The lists
+ * advance together, from one column to the next. */
+template <int lists> /* of a lane */
+__device__ __forceinline__ int columns8(uint4 (&f)[lists], int *columns) {
     const int lane = threadIdx.x % 32;
-    if (l.M > 32 * rows) return -1;
-    uint4 f[rows]; /* the first half: all that a row has but for rare ones */
-    bool more = false;
-#pragma unroll
-    for (int i = 0; i < rows; i++) {
-        f[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-        if (lane + 32 * i < l.M) f[i] = __ldcg((const uint4 *)s.few + (lane + 32 * i) * 2);
-    }
-#pragma unroll
-    for (int i = 0; i < rows; i++) more |= f[i].w >> 16 != few8_none;
-    if (__any_sync(~0u, more)) return -1;
+    uint32_t own = few8_none;
     for (int n = 0;; n++) {
-        uint32_t next = few8_none;
-#pragma unroll
-        for (int i = 0; i < rows; i++) next = min(next, front8(f[i]));
-        next = __reduce_min_sync(~0u, next);
-        if (next == few8_none) return __syncwarp(), n;
+        const uint32_t least = least8(f);
+        if (least == few8_none) {
+            if (lane < gemm8_near) columns[lane] = (int)own;
+            return __syncwarp(), n;
+        }
         if (n == gemm8_near) return -1;
-        if (lane == 0) columns[n] = (int)next;
-#pragma unroll
-        for (int i = 0; i < rows; i++)
-            if (front8(f[i]) == next) next8(f[i]);
+        if (lane == n) own = least;
     }
+}
+/* ... of the lists [first, end), at most few_lists8. -1: also if one has more than 8. */
+__device__ __forceinline__ int few_columns8(const Scratch8 &s, int first, int end, int *columns) {
+    constexpr int lists = few_lists8 / 32;
+    uint4 f[lists]; /* the first half: all that most have */
+    bool more = false;
+    first += threadIdx.x % 32;
+#pragma unroll
+    for (int i = 0; i < lists; i++) {
+        f[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+        if (first + 32 * i < end) f[i] = __ldcg((const uint4 *)s.few + (first + 32 * i) * 2);
+    }
+#pragma unroll
+    for (int i = 0; i < lists; i++) more |= f[i].w >> 16 != few8_none;
+    return __any_sync(~0u, more) ? -1 : columns8(f, columns);
 }
 #endif
 
@@ -4062,7 +4148,7 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
             top = fmaxf(top, top_i);
             if (outliers) atomicOr(mask + at[i] / 32, outliers << at[i] % 32), any = true;
         }
-        top = block_max8(top, maxima);
+        top = row_max8(top, maxima);
         if (tid == 0) absmax[0] = top;
         const float scale = quant_scale8(top);
 #pragma unroll
@@ -4250,14 +4336,15 @@ enum {
     gemm8_threads = 384,
     gemm8_side = 96,     /* threads */
     gemm8_mask = 1024,   /* words: outlier columns that blocks find for themselves */
-    gemm8_few_rows = 256 /* ... in the lists of so many rows */
 };
 
 template <int BX> struct Gemm8Shape {
     static constexpr int blocks = BX <= 32 ? 2 : 1; /* for each multiprocessor */
-    static constexpr int G = BX < 64 ? 2 : BX == 128 ? 8 : 4; /* groups of 8 rows of x that are finished together */
-    static constexpr int box_rows = BX < 128 ? 0 : 8 * G, box_bytes = BX < 128 ? 0 : 16 * 1024; /* of a warpgroup */
-    static constexpr bool divides = BX <= 128;      /* K, among the blocks of a cluster */
+    /* Groups of 8 rows of x that are finished together: a turn takes its time, however many they are. */
+    static constexpr int G = BX < 64 ? 2 : BX == 64 ? 4 : BX == 160 ? 10 : BX == 192 ? 6 : BX == 224 ? 7 : 8;
+    static constexpr int box_rows = BX < 128 ? 0 : 8 * G;                             /* a turn of a warpgroup */
+    static constexpr int box_bytes = BX < 128 ? 0 : std::max(16 * 1024, 8 * G * 256); /* of a warpgroup */
+    static constexpr bool divides = BX < 256;                                         /* K, among the blocks of a cluster */
     static constexpr int w_bytes = gemm8_rows * linear8_chunk, stage_bytes = w_bytes + BX * linear8_chunk;
     static constexpr int side_bytes =
         2 * box_bytes + BX * gemm8_near * 5 + gemm8_rows * gemm8_near + BX * 4 + gemm8_mask * 4 + 11 * gemm8_near * 4;
@@ -4267,6 +4354,11 @@ template <int BX> struct Gemm8Shape {
     static constexpr int shared = stages * stage_bytes + side_bytes + barrier_bytes;
     static_assert((2 * stages + 3) * 8 + 4 <= barrier_bytes, "room for the barriers");
     static constexpr int side_regs = BX == 256 ? 56 : 64, regs = BX == 256 ? 224 : blocks == 1 ? 216 : 88;
+    /* Groups that each block of a cluster finishes: whole turns, if all get some. */
+    __host__ __device__ static constexpr int mine(int cluster) {
+        const int some = (BX / 8 + cluster - 1) / cluster, turns = (some + G - 1) / G * G;
+        return turns * (cluster - 1) < BX / 8 ? turns : some;
+    }
 };
 
 struct Gemm8 {
@@ -4282,7 +4374,7 @@ struct Gemm8 {
 };
 
 /* True: linear8_gemm takes the outlier columns from the rows' own lists, and linear8_columns is not needed. */
-bool linear8_few(const Linear8 &l) { return l.M <= gemm8_few_rows && l.K <= gemm8_mask * 32; }
+bool linear8_few(const Linear8 &l) { return l.K <= gemm8_mask * 32; }
 
 __device__ inline void tensor_load_4d(void *dst, const CUtensorMap *map, int x, int y, int z, int u, uint64_t *bar) {
     asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], "
@@ -4382,8 +4474,25 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
             named_barrier(1, gemm8_side);
             wait_for_prior_kernel();
             int count = p.listed == 1 ? p.s.count[0] : 0;
-            if (p.listed == 2)
-                count = BX >= 64 && l.M > 128 ? few_columns8<8>(l, p.s, own) : few_columns8<4>(l, p.s, own);
+            if (p.listed == 2) count = -1;
+            if (p.listed == 2 && p.s.lists <= lists8) {
+                /* Of few lists every warp takes all; else each a third, and then what the three have found. */
+                const bool all = p.s.lists <= few_lists8;
+                const int most = all ? p.s.lists : (p.s.lists + 2) / 3, first = all ? 0 : i0 / 32 * most;
+                int *const thirds = columns + 3 * gemm8_near, *const third = thirds + i0 / 32 * gemm8_near;
+                count = few_columns8(p.s, first, min(first + most, p.s.lists), all ? own : third);
+                if (!all) {
+                    if (count < 0 && i0 % 32 == 0) *third = few8_many;
+                    named_barrier(1, gemm8_side);
+                    uint4 f[2];
+                    for (int i = 0; i < 2; i++) {
+                        const int at = i0 % 32 + 32 * i, k = at < 3 * gemm8_near ? thirds[at] : (int)few8_none;
+                        f[i] = make_uint4(0xffff0000u | k, ~0u, ~0u, ~0u);
+                    }
+                    const bool many = front8(f[0]) == few8_many || front8(f[1]) == few8_many;
+                    count = __any_sync(~0u, many) ? -1 : columns8(f, own);
+                }
+            }
             if (count < 0) { /* the same for all warps */
                 merge_few8(l, p.s, mask, i0, gemm8_side);
                 named_barrier(1, gemm8_side);
@@ -4410,7 +4519,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 }
                 /* 4 groups of 32 rows of W in each column that is near, then as many of x as this block finishes, are
                  * dealt to the warps. Many are on their way before the first is waited for. */
-                constexpr int some_w = 8, some_x = 4, warps = gemm8_side / 32;
+                constexpr int some_w = 8, some_x = 8, warps = gemm8_side / 32;
                 const int n = n0 + row_of8(lane, paired), m = m0 + 8 * j0 + lane;
 #pragma unroll 1
                 for (int j = i0 / 32; j < near * 4; j += some_w * warps) {
@@ -4432,13 +4541,13 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                     const auto *const x = (const decltype(number) *)l.x;
 #pragma unroll 1
                     for (int j = i0 / 32; j < near << x_bits; j += some_x * warps) {
-                        int8_t codes[some_x];
                         decltype(number) v[some_x];
+                        float top[some_x];
 #pragma unroll
                         for (int i = 0; i < some_x; i++) {
                             const int at = min(j + i * warps, (near << x_bits) - 1), k = own[at >> x_bits];
                             const int mi = min(m + (at & ((1 << x_bits) - 1)) * 32, l.M - 1);
-                            v[i] = x[mi * l.ldx + k], codes[i] = p.s.codes[(size_t)mi * p.s.Kp + k];
+                            v[i] = x[mi * l.ldx + k], top[i] = p.s.sca[mi];
                         }
                         __syncwarp();
 #pragma unroll
@@ -4446,7 +4555,11 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                             const int at = j + i * warps, r = (at & ((1 << x_bits) - 1)) * 32 + lane;
                             const int to = (8 * j0 + r) * gemm8_near + (at >> x_bits);
                             if (at >= near << x_bits || r >= rows) continue;
-                            near_x[to] = worth8(l, v[i]), near_c[to] = (uint8_t)(correct ? -codes[i] : 0);
+                            /* Its code, too, is made of it: fetched, it would be as much traffic again. */
+                            const float half = __half2float(__half(v[i]));
+                            const bool counted = correct && fabsf(half) < l.threshold;
+                            near_x[to] = worth8(l, v[i]);
+                            near_c[to] = (uint8_t)(counted ? -code8(half, quant_scale8(top[i])) : 0);
                         }
                     }
                 };
@@ -4487,11 +4600,10 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         const int part = part_of(tile), m0 = tile % p.m_tiles * BX, from = m0 + 8 * j0, to = min(m0 + 8 * j1, l.M);
         const Lane8 own = lane8(l, part, column_of(tile, part) + 16 * warp);
         constexpr int G = S::G;
-        float residual[4 * G] = {}; /* of the next groups: on the way while others are multiplied */
-        const auto fetch_residual = [&](int m) {
-            if (l.residual && p.boxes != kBoxesAdd) residual8<G>(l, own, m, from, to, residual);
-        };
-        fetch_residual(m0 + 8 * j0 + 2 * t);
+        /* On the way while others are multiplied. Large tiles have no registers for it, and most no need: boxes add. */
+        constexpr bool ahead = S::box_rows == 0;
+        float residual[ahead ? 4 * G : 1] = {}; /* of the next groups */
+        if constexpr (ahead) residual8<G>(l, own, m0 + 8 * j0 + 2 * t, from, to, residual);
 
         int acc[BX / 2], before = 0;
         for (int c = 0; c < nc; c++) {
@@ -4527,6 +4639,17 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 if (++slot == p.mine) slot = 0, owner++;
             }
             if (j0 < j1) barrier_wait(sums_full, 0);
+            constexpr int most = S::mine(2);
+#pragma unroll
+            for (int i = 0; i < 4 * most; i++) acc[i] = 0;
+#pragma unroll 1
+            for (int r = 0; r < cluster; r++)
+#pragma unroll
+                for (int i = 0; i < most; i++) {
+                    if (j0 + i >= j1) continue;
+                    const int4 more = sums[(r * p.mine + i) * 256];
+                    acc[4 * i] += more.x, acc[4 * i + 1] += more.y, acc[4 * i + 2] += more.z, acc[4 * i + 3] += more.w;
+                }
         }
 
         barrier_wait(side_full, side_parity);
@@ -4538,22 +4661,11 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         /* A loop of few iterations, and only one: unrolled, code would be larger than the instruction cache. */
 #pragma unroll 1
         for (int j = j0; j < j1; j += G) {
-            int sum[4 * G] = {};
-            if (cluster > 1) {
-                for (int r = 0; r < cluster; r++)
+            int sum[4 * G];
 #pragma unroll
-                    for (int i = 0; i < G; i++) {
-                        if (j + i >= j1) continue;
-                        const int4 more = sums[(r * p.mine + j + i - j0) * 256];
-                        sum[4 * i] += more.x, sum[4 * i + 1] += more.y;
-                        sum[4 * i + 2] += more.z, sum[4 * i + 3] += more.w;
-                    }
-            } else { /* registers have no index at run time: they move up */
+            for (int i = 0; i < 4 * G; i++) sum[i] = acc[i];
 #pragma unroll
-                for (int i = 0; i < 4 * G; i++) sum[i] = acc[i];
-#pragma unroll
-                for (int i = 0; i < BX / 2 - 4 * G; i++) acc[i] = acc[i + 4 * G];
-            }
+            for (int i = 0; i < BX / 2 - 4 * G; i++) acc[i] = acc[i + 4 * G]; /* registers have no index at run time */
             const int m = m0 + 8 * j;
             if (correct && count > 0)
 #pragma unroll
@@ -4592,8 +4704,11 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 outliers8<G>(l, w, x, unit, v);
             }
             activate8(l.act, v);
+            if constexpr (ahead) {
 #pragma unroll
-            for (int i = 0; i < 4 * G; i++) v[i] += residual[i];
+                for (int i = 0; i < 4 * G; i++) v[i] += residual[i];
+                if (j + G < j1) residual8<G>(l, own, m + 8 * G + 2 * t, from, to, residual);
+            }
             if (S::box_rows && p.boxes != kBoxesNone) {
                 float2 pairs[2 * G];
 #pragma unroll
@@ -4601,9 +4716,16 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
                 const int n = column_of(tile, part) + 64 * wg;
                 boxes.write(p.y + part, n, m, n < l.part[part].N, p.boxes == kBoxesAdd, pairs);
             } else {
-                store8<G>(l, part, own, m + 2 * t, from, to, v);
+                constexpr int some = ahead ? G : 1; /* groups at a time */
+#pragma unroll
+                for (int i = 0; i < G; i += some) {
+                    float e[4 * some] = {};
+                    if (!ahead && l.residual) residual8<some>(l, own, m + 8 * i + 2 * t, from, to, e);
+#pragma unroll
+                    for (int k = 0; k < 4 * some; k++) e[k] += v[4 * i + k];
+                    store8<some>(l, part, own, m + 8 * i + 2 * t, from, to, e);
+                }
             }
-            if (j + G < j1) fetch_residual(m + 8 * G + 2 * t); /* not before: boxes wait for all that is on its way */
         }
         barrier_arrive(side_empty); /* every lane for what it has read */
     }
@@ -4621,28 +4743,32 @@ cudaError_t weight_map8(CUtensorMap *map, const void *w, int N, int K) {
 }
 
 template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int cluster, bool pdl) {
+    using S = Gemm8Shape<BX>;
+    static_assert(!S::divides || std::max({2 * S::mine(2), 4 * S::mine(4), 8 * S::mine(8)}) * 4096 <= S::stages * S::stage_bytes,
+                  "room for the sums of a cluster");
     Gemm8 p;
     p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk, p.cluster = cluster;
-    p.mine = (BX / 8 + cluster - 1) / cluster;
+    p.mine = S::mine(cluster);
     p.m_tiles = (l.M + BX - 1) / BX;
     p.listed = !(l.threshold > 0) ? 0 : linear8_few(l) ? 2 : 1;
     cudaError_t e = tensor_map(&p.x, 1, p.s.codes, p.s.Kp, l.M, p.s.Kp, BX);
     for (int i = 0; !e && i < l.n_parts; i++) e = weight_map8(p.w + i, l.part[i].w, l.part[i].N, l.K);
-    bool boxes = Gemm8Shape<BX>::box_rows && (cluster == 1 || p.mine % Gemm8Shape<BX>::G == 0);
+    bool boxes = S::box_rows && (cluster == 1 || p.mine % S::G == 0);
     for (int i = 0; i < l.n_parts; i++) boxes = boxes && paired8(l.part[i].N);
     p.boxes = kBoxesNone;
-    if (!e && boxes) e = box_maps(l, Gemm8Shape<BX>::box_rows, p.y, &p.boxes);
+    if (!e && boxes) e = box_maps(l, S::box_rows, p.y, &p.boxes);
     if (e) return e;
+    if (p.boxes == kBoxesBeside) p.boxes = kBoxesNone; /* no registers for it */
     p.fetch = fetches_residual(l, p.boxes);
     p.first[0] = 0;
     for (int i = 0; i < 3; i++)
         p.first[i + 1] = p.first[i] + (i < l.n_parts ? (l.part[i].N + gemm8_rows - 1) / gemm8_rows : 0);
-    const int tiles = p.m_tiles * p.first[3], slots = Gemm8Shape<BX>::blocks * multiprocessors();
+    const int tiles = p.m_tiles * p.first[3], slots = S::blocks * multiprocessors();
     return launch(linear8_gemm<BX>, p,
                   dim3(cluster > 1     ? tiles * cluster
                        : tiles < slots ? tiles
                                        : slots),
-                  gemm8_threads, Gemm8Shape<BX>::shared, cluster, pdl, stream);
+                  gemm8_threads, S::shared, cluster, pdl, stream);
 }
 
 /* ---- many rows, mma.sync --------------------------------------------------------------------------------------------
@@ -4801,20 +4927,6 @@ int tiles8(const Linear8 &l, int bm, int bn) {
     return n * ((l.M + bm - 1) / bm);
 }
 
-cudaError_t linear8_init(int device) { /* the current one */
-    int major = 0;
-    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (!e && major != 9) e = cudaErrorNoKernelImageForDevice; /* sm_90a code runs on nothing else */
-    const auto allow = [&](auto kernel, int bytes) {
-        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-    };
-    allow(linear8_skinny, shared_limit);
-    allow(linear8_gemm<16>, Gemm8Shape<16>::shared), allow(linear8_gemm<32>, Gemm8Shape<32>::shared);
-    allow(linear8_gemm<64>, Gemm8Shape<64>::shared), allow(linear8_gemm<128>, Gemm8Shape<128>::shared);
-    allow(linear8_gemm<256>, Gemm8Shape<256>::shared);
-    return e;
-}
-
 /* What the large products ask for: x in int8 and its outlier columns. */
 cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool clear, bool pdl) {
     const cudaError_t e = linear8_quantize_launch(stream, l, pdl);
@@ -4824,22 +4936,37 @@ cudaError_t linear8_codes(cudaStream_t stream, const Linear8 &l, bool list, bool
 }
 
 /* What a kernel of linear8_large takes, in ns: of a chunk, more of it where every multiprocessor has a block, of a tile
- * beside its chunks, and if y is f32. Fitted to 1,618 times of an H200 so that the choice is the best. */
+ * beside its chunks, and if y is f32. Fitted to times of an H200 so that the choice is the best. */
 struct Gemm8Kernel {
-    int bx, blocks; /* blocks: for each multiprocessor */
+    void (*kernel)(Gemm8);
+    int shared, bx, blocks; /* blocks: for each multiprocessor */
     bool divides;
     int chunk_ns, busy_ns, tile_ns, f32_ns;
     cudaError_t (*launch)(cudaStream_t, const Linear8 &, int cluster, bool pdl);
 };
 template <int BX> constexpr Gemm8Kernel gemm8_kernel(int chunk_ns, int busy_ns, int tile_ns, int f32_ns) {
     using S = Gemm8Shape<BX>;
-    return {BX, S::blocks, S::divides, chunk_ns, busy_ns, tile_ns, f32_ns, linear8_gemm_launch<BX>};
+    return {linear8_gemm<BX>, S::shared, BX,      S::blocks, S::divides,
+            chunk_ns,         busy_ns,   tile_ns, f32_ns,    linear8_gemm_launch<BX>};
 }
 const Gemm8Kernel gemm8_kernels[] = {
-    gemm8_kernel<16>(154, 248, 645, 21),     gemm8_kernel<32>(200, 270, 1116, 156),
-    gemm8_kernel<64>(201, 138, 1260, 347),   gemm8_kernel<128>(323, 157, 2822, 977),
-    gemm8_kernel<256>(657, 305, 4608, 1264),
+    gemm8_kernel<16>(169, 187, 1121, 0),     gemm8_kernel<32>(246, 305, 698, 38),
+    gemm8_kernel<64>(200, 192, 877, 154),    gemm8_kernel<128>(286, 222, 1692, 658),
+    gemm8_kernel<160>(369, 237, 2680, 980),  gemm8_kernel<192>(404, 278, 3630, 1050),
+    gemm8_kernel<224>(487, 247, 3996, 1851), gemm8_kernel<256>(583, 284, 4441, 2409),
 };
+
+cudaError_t linear8_init(int device) { /* the current one */
+    int major = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (!e && major != 9) e = cudaErrorNoKernelImageForDevice; /* sm_90a code runs on nothing else */
+    const auto allow = [&](auto kernel, int bytes) {
+        if (!e) e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    };
+    allow(linear8_skinny, shared_limit);
+    for (const Gemm8Kernel &k : gemm8_kernels) allow(k.kernel, k.shared);
+    return e;
+}
 
 /* The kernel, and the number of blocks that divide K, by the least estimated time. */
 cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
@@ -4857,7 +4984,7 @@ cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
             if (cluster > 1 && (cluster > chunks / 2 || blocks > room)) continue;
             const long waves = (blocks + slots - 1) / slots;
             const long chunk_ns = k.chunk_ns + (long)k.busy_ns * std::min(blocks, slots) / sm;
-            const int meeting = cluster == 1 ? 0 : cluster == 2 ? 500 : cluster == 4 ? 1000 : 1310;
+            const int meeting = cluster == 1 ? 0 : cluster == 2 ? 200 : cluster == 4 ? 510 : 1010;
             const long ns = waves * (chunks * chunk_ns / cluster + k.tile_ns + (l.y_f32 ? k.f32_ns : 0)) + meeting;
             if (!best || ns < best_ns) best = &k, best_ns = ns, best_cluster = cluster;
         }
