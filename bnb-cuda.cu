@@ -3085,7 +3085,7 @@ const WgmmaKernel kWgmmaKernels[] = {
     wgmma_kernel<16, 1, 4, 2, 1>(679, 1480, 0),    wgmma_kernel<16, 2, 2, 2, 1>(702, 860, 0),
     wgmma_kernel<32, 1, 4, 2, 1>(749, 1750, 120),  wgmma_kernel<32, 2, 2, 2, 1>(649, 2310, 0),
     wgmma_kernel<64, 1, 4, 1, 1>(537, 2510, 90),   wgmma_kernel<64, 2, 2, 1, 1>(503, 2110, 0),
-    wgmma_kernel<96, 2, 1, 1, 2>(379, 930, 200),   wgmma_kernel<128, 2, 1, 1, 2>(409, 930, 550),
+    wgmma_kernel<96, 2, 1, 1, 2>(379, 930, 200),   wgmma_kernel<128, 2, 1, 1, 2>(427, 930, 550),
     wgmma_kernel<176, 2, 1, 1, 2>(510, 1120, 810), wgmma_kernel<208, 2, 1, 1, 2>(602, 390, 1710),
     wgmma_kernel<256, 2, 1, 1, 2>(751, 1190, 860),
 };
@@ -3217,15 +3217,16 @@ const SmallKernel *plan_small(const Linear4 &a) {
 
 WgmmaPlan plan_wgmma(const Linear4 &a) {
     constexpr int kMeetingNs[2][4] = {{0, 1200, 1900, 3400}, {0, 2600, 3700, 4800}}; // [boxes][1, 2, 4, 8 blocks]
-    constexpr int kTailNs = 3000;                                                    // of a launch more
+    constexpr int kTailNs = 4000;                                                    // of a launch more
     WgmmaPlan best = {};
     long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels) {
         if (k.n > 64 && a.M <= 64) continue; // these never win there
         const int steps = ceil_div(a.K / kGroup, k.groups);
-        const int tiles = ceil_div(total_blocks(a), k.rows) * ceil_div(a.M, k.n), left = tiles % a.n_sm;
-        // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5.
-        const int zeros = ceil_div(a.M, k.n) * k.n - a.M;
+        const int m_tiles = ceil_div(a.M, k.n), tiles = ceil_div(total_blocks(a), k.rows) * m_tiles, left = tiles % a.n_sm;
+        // Rows of x that do not exist are zeros, which the copy engine writes at 3.9 ns a row, others at 1.5; where few of the
+        // tiles have any, that costs less.
+        const int zeros = (m_tiles * k.n - a.M) * 2 / std::max(2, m_tiles);
         const int x_ns = zeros ? k.groups * (39 * zeros + 15 * (k.n - zeros)) / 10 : 0;
         auto tile_ns = [&](int split) {
             return (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns) + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);

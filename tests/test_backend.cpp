@@ -40,8 +40,8 @@ std::vector<Device> devices(Env &env) {
 using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
 
 // Runs what build makes, nodes to compute and caches that they write, on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
-// computed in f32 and in f16. cpu: also on the CPU device, with two threads.
-void compare(const Build &build, double f32, double f16, const std::string &what, bool cpu = true) {
+// computed in f32 and in f16. half_only: of that, only GPUs in f16.
+void compare(const Build &build, double f32, double f16, const std::string &what, bool half_only = false) {
     const unsigned cores = std::thread::hardware_concurrency(); // plain kernels take most of the time
     Env plain(static_cast<int32_t>(std::clamp(cores, 4u, 16u)), BNB_CPU_FAST), env(2);
     Net reference(plain);
@@ -54,7 +54,7 @@ void compare(const Build &build, double f32, double f16, const std::string &what
     reference.again();
     for (Device &d : devices(env))
         for (int32_t compute : {BNB_F32, BNB_F16}) {
-            if (!d.backend && (compute == BNB_F16 || !cpu)) continue;
+            if (compute == BNB_F32 ? half_only : !d.backend) continue;
             Net net(env, d.backend.get());
             net.params.compute_dtype = compute;
             std::vector<bnb_tensor *> outputs = build(net);
@@ -126,38 +126,45 @@ TEST_SUITE("backend") {
         }
     }
 
-    // Shapes that choose a GPU's kernels of each width, for one tile and for many, with K divided, not, and only for the last
-    // tiles, y in f16 and in f32. They follow from the estimated times of plan_wgmma and linear8_large: where those are fitted anew, shapes have to be as well.
-    void many_tiles(int32_t type) {
+    // Shapes {M, N, K, where y goes} that choose a GPU's kernels of each width, for one tile and for many, with K divided and not, y
+    // in f16 and in f32; the larger ones what only these choose, as K divided for the last tiles alone. They follow from the
+    // estimated times of plan_wgmma and linear8_large: where those are fitted anew, shapes have to be as well.
+    enum { TO_ROWS, IN_PLACE, TO_PRODUCT, WAYS }; // added to rows elsewhere, to its own, or f16 that is multiplied
+    const std::vector<Shape> tiles = {{12, 208, 128, TO_ROWS}, {12, 208, 128, IN_PLACE}, {12, 208, 128, TO_PRODUCT},
+                                      {12, 208, 448, IN_PLACE}, {12, 208, 1344, TO_ROWS}, {12, 208, 2112, TO_ROWS},
+                                      {12, 208, 5120, TO_PRODUCT}, {12, 784, 2112, TO_ROWS}, {12, 6160, 704, IN_PLACE},
+                                      {20, 1040, 3776, TO_PRODUCT}, {20, 2576, 3776, TO_ROWS}, {20, 8688, 128, IN_PLACE},
+                                      {20, 8688, 192, TO_ROWS}, {20, 8688, 192, TO_PRODUCT}, {40, 4304, 5120, TO_ROWS},
+                                      {40, 4304, 5120, TO_PRODUCT}, {50, 4304, 704, IN_PLACE}, {90, 3088, 2112, TO_PRODUCT},
+                                      {100, 2576, 3776, IN_PLACE}, {100, 2576, 3776, TO_PRODUCT}, {100, 8688, 128, TO_ROWS},
+                                      {130, 1296, 5120, IN_PLACE}, {130, 3088, 2112, IN_PLACE}, {130, 8688, 704, TO_PRODUCT},
+                                      {200, 8688, 128, TO_ROWS}, {200, 8688, 320, IN_PLACE}, {230, 528, 5120, TO_ROWS},
+                                      {230, 528, 5120, TO_PRODUCT}, {230, 6160, 128, TO_PRODUCT}, {230, 8688, 128, IN_PLACE},
+                                      {230, 8688, 128, TO_PRODUCT}, {300, 8688, 128, TO_PRODUCT}, {350, 8688, 128, IN_PLACE},
+                                      {450, 1040, 2112, TO_ROWS}, {450, 8688, 192, IN_PLACE}, {500, 4304, 192, IN_PLACE},
+                                      {500, 4304, 320, TO_ROWS}, {500, 4304, 320, TO_PRODUCT}, {500, 8688, 128, TO_ROWS},
+                                      {700, 8688, 128, TO_ROWS}, {1000, 2096, 128, TO_ROWS}, {300, 8699, 128, TO_ROWS},
+                                      {300, 8699, 128, IN_PLACE}, {130, 1043, 2112, TO_ROWS}};
+    const std::vector<Shape> larger_tiles = {{77, 8688, 5120, TO_ROWS}, {100, 4304, 3776, TO_ROWS},
+                                             {130, 6160, 2112, TO_PRODUCT}, {170, 3088, 5120, TO_ROWS},
+                                             {170, 6160, 2112, IN_PLACE}, {190, 8688, 2112, TO_ROWS},
+                                             {200, 3088, 3776, TO_PRODUCT}, {200, 3088, 5120, TO_ROWS},
+                                             {200, 4304, 3776, IN_PLACE}, {200, 6160, 1344, TO_PRODUCT},
+                                             {230, 8688, 3776, TO_PRODUCT}, {450, 1040, 5120, TO_ROWS},
+                                             {700, 6160, 2112, IN_PLACE}, {700, 8688, 1344, IN_PLACE},
+                                             {900, 8688, 704, TO_ROWS}};
+
+    void many_tiles(int32_t type, const std::vector<Shape> &shapes) {
         Env env(1);
         bnb_error err = {};
         const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
-        enum { TO_ROWS, IN_PLACE, TO_PRODUCT, WAYS }; // where y goes: added to rows elsewhere, to its own, or f16 that is multiplied
-        const int64_t shapes[][4] = {{12, 208, 128, TO_ROWS}, {12, 208, 128, IN_PLACE}, {12, 208, 128, TO_PRODUCT},
-                                     {12, 208, 448, IN_PLACE}, {12, 208, 1344, TO_ROWS}, {12, 208, 2112, TO_ROWS},
-                                     {12, 208, 5120, TO_PRODUCT}, {12, 784, 2112, TO_ROWS}, {12, 6160, 704, IN_PLACE},
-                                     {20, 1040, 3776, TO_PRODUCT}, {20, 2576, 3776, TO_ROWS}, {20, 8688, 128, IN_PLACE},
-                                     {40, 3088, 5120, TO_PRODUCT}, {40, 4304, 5120, TO_ROWS}, {40, 4304, 5120, TO_PRODUCT},
-                                     {50, 4304, 704, TO_ROWS}, {100, 2096, 3776, IN_PLACE}, {100, 2576, 3776, TO_ROWS},
-                                     {100, 4304, 2112, TO_PRODUCT}, {130, 528, 3776, TO_ROWS}, {130, 1296, 5120, IN_PLACE},
-                                     {130, 3088, 2112, IN_PLACE}, {130, 6160, 2112, TO_PRODUCT}, {170, 6160, 2112, IN_PLACE},
-                                     {200, 4304, 2112, TO_PRODUCT}, {200, 8688, 128, TO_ROWS}, {200, 8688, 320, IN_PLACE},
-                                     {200, 8688, 704, TO_ROWS}, {200, 8688, 704, TO_PRODUCT}, {230, 528, 3776, TO_PRODUCT},
-                                     {230, 528, 5120, TO_PRODUCT}, {230, 8688, 704, IN_PLACE}, {300, 784, 320, IN_PLACE},
-                                     {300, 8688, 128, TO_PRODUCT}, {350, 8688, 128, IN_PLACE}, {400, 784, 5120, TO_ROWS},
-                                     {400, 784, 5120, TO_PRODUCT}, {450, 528, 2112, TO_PRODUCT}, {450, 1040, 2112, TO_ROWS},
-                                     {450, 8688, 192, IN_PLACE}, {500, 4304, 320, TO_ROWS}, {500, 4304, 320, TO_PRODUCT},
-                                     {500, 8688, 128, TO_ROWS}, {700, 3088, 128, TO_ROWS}, {700, 8688, 128, TO_ROWS},
-                                     {300, 8699, 128, TO_ROWS}, {300, 8699, 128, IN_PLACE}, {130, 1043, 2112, TO_ROWS},
-                                     {400, 8688, 1344, TO_PRODUCT}, {400, 8688, 2112, IN_PLACE}, {700, 8688, 1344, IN_PLACE},
-                                     {900, 4304, 2112, TO_ROWS}, {900, 8688, 704, TO_ROWS}};
-        for (size_t i = 0; i < std::size(shapes); i++) {
-            const int64_t *s = shapes[i];
+        for (size_t i = 0; i < shapes.size(); i++) {
+            const Shape &s = shapes[i];
             auto build = [&](Net &net) {
                 Rng rng(i);
                 const int64_t M = s[0], N = cuda ? s[1] : 20, K = s[2];
                 bnb_quant q = bnb_quant_default(type);
-                q.threshold = 4.0f;
+                q.threshold = i % 2 ? 4.0f : 4.2f; // many columns with outliers, and few
                 auto many = [&](int64_t n, double scale) { // again and again from a prime number of them: normals take their time
                     const Floats some = rng.normals(65521, scale);
                     Floats all(static_cast<size_t>(n));
@@ -172,9 +179,14 @@ TEST_SUITE("backend") {
                 if (way == TO_ROWS) return std::vector<bnb_tensor *>{bnb_add(net.ctx, r, y)};
                 return std::vector<bnb_tensor *>{bnb_linear(net.ctx, y, net.weight(BNB_F16, {24, N}, many(24 * N, 0.1)), nullptr)};
             };
-            compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows", !cuda);
+            compare(build, 3e-5, 4e-3, type_name(type) + std::string(" ") + std::to_string(s[0]) + " rows", cuda);
         }
-        // three weights that are multiplied together, none a whole number of tiles
+    }
+
+    void three_together(int32_t type) { // one x, three weights, none a whole number of tiles
+        Env env(1);
+        bnb_error err = {};
+        const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err)));
         auto build = [&](Net &net) {
             Rng rng(3);
             const int64_t M = 700, N = cuda ? 1456 : 20, K = 448;
@@ -185,10 +197,13 @@ TEST_SUITE("backend") {
                 part = bnb_linear(net.ctx, x, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), net.weight(BNB_F16, {N}, rng.normals(N)));
             return std::vector<bnb_tensor *>{bnb_mul(net.ctx, y[0], y[1]), bnb_scale(net.ctx, y[2], 2)};
         };
-        compare(build, 3e-5, 4e-3, type_name(type) + std::string(" three together"), !cuda);
+        compare(build, 3e-5, 4e-3, type_name(type) + std::string(" three together"), cuda);
     }
-    TEST_CASE("backend: products of many tiles (4-bit), large") { many_tiles(BNB_NF4); }
-    TEST_CASE("backend: products of many tiles (int8), large") { many_tiles(BNB_INT8); }
+
+    TEST_CASE("backend: products of many tiles (4-bit), large") { many_tiles(BNB_NF4, tiles), three_together(BNB_NF4); }
+    TEST_CASE("backend: products of many tiles (int8), large") { many_tiles(BNB_INT8, tiles), three_together(BNB_INT8); }
+    TEST_CASE("backend: products of many rows (4-bit), large") { many_tiles(BNB_NF4, larger_tiles); }
+    TEST_CASE("backend: products of many rows (int8), large") { many_tiles(BNB_INT8, larger_tiles); }
 
     TEST_CASE("backend: outlier columns of many rows") { // few or many, the same in all rows and some more in single ones
         Env env(1);
@@ -210,7 +225,7 @@ TEST_SUITE("backend") {
                             return std::vector<bnb_tensor *>{
                                 bnb_linear(net.ctx, net.input({M, K}, x), net.weight(BNB_INT8, {N, K}, rng.normals(N * K, 0.1), &q), nullptr)};
                         };
-                        compare(build, 2e-5, 2e-3, std::to_string(M) + "," + std::to_string(K) + " " + std::to_string(columns) + " outlier columns", !cuda);
+                        compare(build, 2e-5, 2e-3, std::to_string(M) + "," + std::to_string(K) + " " + std::to_string(columns) + " outlier columns", cuda);
                     }
     }
 
