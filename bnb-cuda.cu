@@ -3469,7 +3469,7 @@ BNB__WGMMA_RS(wgmma_rs, 1, 256, 128, 128, 129, 130, 131, 132, 133)
  *             linear8_skinny_mma: the same, to M = 16, with rings filled by cp.async in place of Hopper's copy engine.
  *   larger    linear8_quantize, then on Hopper linear8_gemm: wgmma m64nNk32, elsewhere linear8_gemm_mma: mma m16n8k32.
  *             In both the weights are the product's first operand: N rounds M up, and W is read once for many rows.
- *             With a threshold linear8_columns goes between, elsewhere and if K is more than 32768 (linear8_few).
+ *             With a threshold linear8_columns goes between, on Hopper only if K is more than 32768 (linear8_few).
  *
  * Outliers never reach the host. The integer product leaves them out; their part is added in f32 by the block that
  * holds the weights in shared memory anyway (skinny), or by a product of the gathered columns in the epilogue (gemm).
@@ -3819,7 +3819,7 @@ __device__ __forceinline__ void merge_few8(const Linear8 &l, const Scratch8 &s, 
             }
             __syncwarp();
 #pragma unroll 1
-            for (int n = 0; n < 16; n++) {
+            for (int n = 0; n < few8; n++) {
                 const uint32_t least = least8(f);
                 if (least == few8_none) break;
                 if (lane == 0) note(least);
@@ -4355,6 +4355,7 @@ template <int BX> struct Gemm8Shape {
     static constexpr int shared = stages * stage_bytes + side_bytes + barrier_bytes;
     static_assert((2 * stages + 3) * 8 + 4 <= barrier_bytes, "room for the barriers");
     static constexpr int side_regs = BX == 256 ? 56 : 64, regs = BX == 256 ? 224 : blocks == 1 ? 216 : 88;
+    static constexpr int sums_bytes = 256 * 16; /* of a group of rows, on their way within a cluster */
     /* Groups that each block of a cluster finishes: whole turns, if all get some. */
     __host__ __device__ static constexpr int mine(int cluster) {
         const int some = (BX / 8 + cluster - 1) / cluster, turns = (some + G - 1) / G * G;
@@ -4410,7 +4411,6 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
     const int j0 = S::divides ? min(rank * p.mine, groups) : 0; /* groups that this block finishes */
     const int j1 = S::divides ? min(j0 + p.mine, groups) : groups;
     const int n_tiles = p.m_tiles * p.first[3], tile0 = blockIdx.x / cluster, tile_step = gridDim.x / cluster;
-    constexpr int sums_bytes = 256 * 16; /* of a group of rows */
     const auto part_of = [&](int tile) { return (tile / p.m_tiles >= p.first[1]) + (tile / p.m_tiles >= p.first[2]); };
     const auto column_of = [&](int tile, int part) { return (tile / p.m_tiles - p.first[part]) * gemm8_rows; };
     /* Codes of ordinary numbers in outlier columns are in the sums: they are taken out. */
@@ -4420,7 +4420,7 @@ __global__ void __launch_bounds__(gemm8_threads, Gemm8Shape<BX>::blocks) linear8
         for (int i = 0; i < S::stages; i++) barrier_init(full + i, 1), barrier_init(empty + i, 8);
         barrier_init(side_full, gemm8_side), barrier_init(side_empty, 256), barrier_init(sums_full, 1);
         barrier_init_fence();
-        barrier_expect(sums_full, (cluster - 1) * max(j1 - j0, 0) * sums_bytes);
+        barrier_expect(sums_full, (cluster - 1) * max(j1 - j0, 0) * S::sums_bytes);
     }
     __syncthreads();
     launch_dependents();
@@ -4745,8 +4745,8 @@ cudaError_t weight_map8(CUtensorMap *map, const void *w, int N, int K) {
 
 template <int BX> cudaError_t linear8_gemm_launch(cudaStream_t stream, const Linear8 &l, int cluster, bool pdl) {
     using S = Gemm8Shape<BX>;
-    static_assert(!S::divides || std::max({2 * S::mine(2), 4 * S::mine(4), 8 * S::mine(8)}) * 4096 <= S::stages * S::stage_bytes,
-                  "room for the sums of a cluster");
+    constexpr int most = S::divides ? std::max({2 * S::mine(2), 4 * S::mine(4), 8 * S::mine(8)}) : 0;
+    static_assert(most * S::sums_bytes <= S::stages * S::stage_bytes, "room for the sums of a cluster");
     Gemm8 p;
     p.l = l, p.s = scratch8(l), p.chunks = p.s.Kp / linear8_chunk, p.cluster = cluster;
     p.mine = S::mine(cluster);

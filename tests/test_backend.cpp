@@ -37,6 +37,12 @@ std::vector<Device> devices(Env &env) {
     return list;
 }
 
+bool has_cuda() {
+    Env env(1);
+    bnb_error err = {};
+    return bool(Backend(bnb_backend_open(env, "cuda", &err)));
+}
+
 using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
 
 // Runs what build makes, nodes to compute and caches that they write, on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
@@ -155,9 +161,7 @@ TEST_SUITE("backend") {
                                              {900, 8688, 704, TO_ROWS}};
 
     void many_tiles(int32_t type, const std::vector<Shape> &shapes) {
-        Env env(1);
-        bnb_error err = {};
-        const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // others have no such choice, and emulation no time
+        const bool cuda = has_cuda(); // others have no such choice, and emulation no time
         for (size_t i = 0; i < shapes.size(); i++) {
             const Shape &s = shapes[i];
             auto build = [&](Net &net) {
@@ -184,9 +188,7 @@ TEST_SUITE("backend") {
     }
 
     void three_together(int32_t type) { // one x, three weights, none a whole number of tiles
-        Env env(1);
-        bnb_error err = {};
-        const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err)));
+        const bool cuda = has_cuda();
         auto build = [&](Net &net) {
             Rng rng(3);
             const int64_t M = 700, N = cuda ? 1456 : 20, K = 448;
@@ -206,9 +208,7 @@ TEST_SUITE("backend") {
     TEST_CASE("backend: products of many rows (int8), large") { many_tiles(BNB_INT8, larger_tiles); }
 
     TEST_CASE("backend: outlier columns of many rows") { // few or many, the same in all rows and some more in single ones
-        Env env(1);
-        bnb_error err = {};
-        const bool cuda = bool(Backend(bnb_backend_open(env, "cuda", &err))); // emulation has no time for the large ones
+        const bool cuda = has_cuda(); // emulation has no time for the large ones
         for (const int64_t M : cuda ? std::vector<int64_t>{20, 130, 300, 700, 1300} : std::vector<int64_t>{20, 130})
             for (const int64_t K : {320, 2112})
                 for (const int64_t columns : {0, 3, 8, 9, 16, 17, 40})
