@@ -1224,7 +1224,9 @@ template <int kRows, int kBytes> struct Boxes {
 #define BNB__REGS_16_32   "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define BNB__REGS_32_40   "%32, %33, %34, %35, %36, %37, %38, %39"
 #define BNB__REGS_40_48   "%40, %41, %42, %43, %44, %45, %46, %47"
+#define BNB__REGS_48_52   "%48, %49, %50, %51"
 #define BNB__REGS_48_64   "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
+#define BNB__REGS_64_72   "%64, %65, %66, %67, %68, %69, %70, %71"
 #define BNB__REGS_64_80   "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
 #define BNB__REGS_80_88   "%80, %81, %82, %83, %84, %85, %86, %87"
 #define BNB__REGS_88_96   "%88, %89, %90, %91, %92, %93, %94, %95"
@@ -1236,7 +1238,9 @@ template <int kRows, int kBytes> struct Boxes {
 #define BNB__REGS_32  BNB__REGS_16 ", " BNB__REGS_16_32
 #define BNB__REGS_40  BNB__REGS_32 ", " BNB__REGS_32_40
 #define BNB__REGS_48  BNB__REGS_40 ", " BNB__REGS_40_48
+#define BNB__REGS_52  BNB__REGS_48 ", " BNB__REGS_48_52
 #define BNB__REGS_64  BNB__REGS_48 ", " BNB__REGS_48_64
+#define BNB__REGS_72  BNB__REGS_64 ", " BNB__REGS_64_72
 #define BNB__REGS_80  BNB__REGS_64 ", " BNB__REGS_64_80
 #define BNB__REGS_88  BNB__REGS_80 ", " BNB__REGS_80_88
 #define BNB__REGS_96  BNB__REGS_88 ", " BNB__REGS_88_96
@@ -1249,7 +1253,9 @@ template <int kRows, int kBytes> struct Boxes {
 #define BNB__OUT_32(c, d, i) BNB__OUT_16(c, d, i), BNB__OUT_16(c, d, i + 16)
 #define BNB__OUT_40(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_8(c, d, i + 32)
 #define BNB__OUT_48(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_16(c, d, i + 32)
+#define BNB__OUT_52(c, d, i) BNB__OUT_48(c, d, i), BNB__OUT_4(c, d, i + 48)
 #define BNB__OUT_64(c, d, i) BNB__OUT_32(c, d, i), BNB__OUT_32(c, d, i + 32)
+#define BNB__OUT_72(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_8(c, d, i + 64)
 #define BNB__OUT_80(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_16(c, d, i + 64)
 #define BNB__OUT_88(c, d, i) BNB__OUT_80(c, d, i), BNB__OUT_8(c, d, i + 80)
 #define BNB__OUT_96(c, d, i) BNB__OUT_64(c, d, i), BNB__OUT_32(c, d, i + 64)
@@ -1272,6 +1278,8 @@ BNB__WGMMA_RS(wgmma, 0, 32, 16, 16, 17, 18, 19, 20, 21)
 BNB__WGMMA_RS(wgmma, 0, 64, 32, 32, 33, 34, 35, 36, 37)
 BNB__WGMMA_RS(wgmma, 0, 128, 64, 64, 65, 66, 67, 68, 69)
 BNB__WGMMA_RS(wgmma, 0, 96, 48, 48, 49, 50, 51, 52, 53)
+BNB__WGMMA_RS(wgmma, 0, 104, 52, 52, 53, 54, 55, 56, 57)
+BNB__WGMMA_RS(wgmma, 0, 144, 72, 72, 73, 74, 75, 76, 77)
 BNB__WGMMA_RS(wgmma, 0, 176, 88, 88, 89, 90, 91, 92, 93)
 BNB__WGMMA_RS(wgmma, 0, 208, 104, 104, 105, 106, 107, 108, 109)
 BNB__WGMMA_RS(wgmma, 0, 256, 128, 128, 129, 130, 131, 132, 133)
@@ -2269,7 +2277,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr bool kBoxed = kN > 64 || (kN == 64 && kSplit == 2);
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
-    static constexpr int kRegisters = kN > 128 ? 232 : 0;
+    static constexpr int kRegisters = kRows == 3 ? 160 : kN > 128 ? 232 : kN == 96 && kSplit == 2 ? 112 : 0;
     static constexpr int kThreads = kWarps * 32 + (kRegisters ? 128 : 64), kRowThreads = kRows * 128;
     static_assert(kRegisters * kWarps * 32 + 24 * 128 <= 65536 / kThreads / 8 * 8 * kThreads, "or they wait forever");
     static constexpr int kStepGroups = kSplit * kDeep;
@@ -2277,14 +2285,16 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kStageW = kRows * kStepGroups * kTileBytes; // tiles [kRows][kStepGroups]
     // Boxes have kChunk times 8 rows. Each of the warpgroups that split K finishes its share of the rows, and gets the
     // other's sums of them through the memory of the boxes.
-    static constexpr int kMine = max_of(kN / 8 / kSplit, 1), kChunk = divisor_to(kMine, 13);
-    static constexpr int kBoxBytes = kN * (kN == 256 ? 64 : kN > 96 || kSplit == 2 ? 128 : 256); // of a warpgroup
+    static constexpr int kMine = max_of(kN / 8 / kSplit, 1), kChunk = divisor_to(kMine, kRows == 3 ? 9 : 13);
+    static constexpr int kBoxBytes = kChunk * 8 * 256; // of a warpgroup: one box in f32, two in f16
+    // Rows of x that one instruction takes. ptxas wants its registers to be no more than the launch gives a thread.
+    static constexpr int kWide = kRows == 3 && kN > 144 ? 104 : kN;
     static_assert(!kBoxed || kSplit <= 2);
     // What warps and blocks have summed of y, for those that finish it: [kTogether][kSplit][kRowThreads] pairs.
     static constexpr int kPairs = kN / 4, kPairBytes = kSplit * kRowThreads * 8;
     static constexpr int kTogether = min_of(kPairs, (kBoxed ? kWarps / 4 * kBoxBytes : kTableBytes) / kPairBytes);
     // Where the ring stays deep enough the table has gaps, for one instruction less; without boxes sums lie in them.
-    static constexpr bool kRoomy = kN <= 128;
+    static constexpr bool kRoomy = kN <= (kSplit == 2 ? 64 : 128);
     static constexpr int kSpread = kRoomy ? 2 : 1, kSumSpread = kBoxed ? 1 : 2;
     static_assert(kBoxed || kTogether * kPairBytes <= kTableBytes, "sums fit the gaps");
     static constexpr int kSumsAt = kBoxed ? kSpread * kTableBytes : 128; // from the table; where there are boxes, they
@@ -2463,9 +2473,18 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
             barrier_wait(x_full + use * 8, use_parity);
             wgmma_fence();
 #pragma unroll
-            for (int s = 0; s < 4 * kDeep; ++s)
-                wgmma(acc, f[s / 4] + s % 4 * 4, b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2,
-                      s > 0 || step > step0);
+            for (int s = 0; s < 4 * kDeep; ++s) {
+                const uint32_t *const w = f[s / 4] + s % 4 * 4;
+                const uint64_t at = b + s / 4 * (kN * kGroup * 2 / 16) + s % 4 * 2;
+                const bool more = s > 0 || step > step0;
+                if constexpr (S::kWide == kN) {
+                    wgmma(acc, w, at, more);
+                } else {
+                    wgmma(*(float(*)[S::kWide / 2])acc, w, at, more);
+                    wgmma(*(float(*)[(kN - S::kWide) / 2])(acc + S::kWide / 2), w, at + S::kWide * kGroup * 2 / 16,
+                          more);
+                }
+            }
             wgmma_commit();
         };
         // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
@@ -2513,7 +2532,27 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 const int first_row = tile % m_tiles * kN + first_group * 8;
                 // f32 [ranks * kSplit that have summed][kRows][kSplit][share][128 threads][4]
                 const uint32_t sums = x_stages + row_warp / 4 * (kSplit * share * 2048) + threadIdx.x % 128 * 16;
-                if (ranks > 1) {
+                const bool swaps = ranks == 2 && kSplit == 1;
+                if (swaps) { // each keeps its half of the sums where they are, and sends the other
+                    constexpr int kHalf = kN / 4;
+#pragma unroll
+                    for (int i = 0; i < kHalf; ++i) {
+                        const float low = acc[i], high = acc[i + kHalf];
+                        acc[i] = rank ? high : low, acc[i + kHalf] = rank ? low : high;
+                    }
+                    cluster_sync(); // all rings are free
+#pragma unroll
+                    for (int i = 0; i < kHalf; i += 4)
+                        cluster_send(sums + i * 512, sums_full, rank ^ 1, acc[kHalf + i], acc[kHalf + i + 1],
+                                     acc[kHalf + i + 2], acc[kHalf + i + 3]);
+                    barrier_wait(sums_full, 0);
+#pragma unroll
+                    for (int i = 0; i < kHalf; i += 4) {
+                        const uint4 got = load_shared4(sums + i * 512);
+                        acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
+                        acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
+                    }
+                } else if (ranks > 1) {
                     cluster_sync(); // all rings are free
                     const uint32_t to = sums + (rank * kSplit + split) * (kRows * kSplit * share * 2048);
                     int owner = 0, slot = 0;
@@ -2557,7 +2596,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 }
 #pragma unroll 1
                 for (int c = 0; c * S::kChunk < share && first_row + c * (S::kChunk * 8) < a.M; ++c) {
-                    if (ranks > 1) {
+                    if (ranks > 1 && !swaps) {
 #pragma unroll
                         for (int i = 0; i < S::kChunk * 4; ++i) acc[i] = 0;
 #pragma unroll 1
@@ -2602,7 +2641,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
             }
         // They go through shared memory, which has an index at run time, and where the parts of a sum meet: the pairs
         // are dealt to the warpgroups with these rows, in all blocks.
-        constexpr int kBatch = min_of(S::kWarps == 16 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
+        constexpr int kBatch = min_of(S::kWarps >= 12 && kN > 64 ? 2 : 8, S::kTogether / max_of(kSplit, 2));
         if (ranks > 1) {
             // [dealt that have summed][slots][kSplit][kRowThreads], of pairs that are dealt to a block
             const int dealt = ranks * kSplit, own = rank * kSplit + split, slots = ceil_div(S::kPairs, dealt);
@@ -3082,12 +3121,14 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1>(679, 1480, 0),    wgmma_kernel<16, 2, 2, 2, 1>(702, 860, 0),
-    wgmma_kernel<32, 1, 4, 2, 1>(749, 1750, 120),  wgmma_kernel<32, 2, 2, 2, 1>(649, 2310, 0),
-    wgmma_kernel<64, 1, 4, 1, 1>(537, 2510, 90),   wgmma_kernel<64, 2, 2, 1, 1>(503, 2110, 0),
-    wgmma_kernel<96, 2, 1, 1, 2>(379, 930, 200),   wgmma_kernel<128, 2, 1, 1, 2>(427, 930, 550),
-    wgmma_kernel<176, 2, 1, 1, 2>(510, 1120, 810), wgmma_kernel<208, 2, 1, 1, 2>(602, 390, 1710),
-    wgmma_kernel<256, 2, 1, 1, 2>(751, 1190, 860),
+    wgmma_kernel<16, 1, 4, 2, 1>(679, 1420, 0),     wgmma_kernel<16, 2, 2, 2, 1>(695, 890, 0),
+    wgmma_kernel<32, 1, 4, 2, 1>(728, 1670, 120),   wgmma_kernel<32, 2, 2, 2, 1>(648, 1950, 0),
+    wgmma_kernel<64, 1, 4, 1, 1>(570, 2060, 190),   wgmma_kernel<64, 2, 2, 1, 1>(519, 2170, 0),
+    wgmma_kernel<96, 2, 2, 1, 1>(645, 2120, 640),   wgmma_kernel<96, 2, 1, 1, 2>(408, 750, 340),
+    wgmma_kernel<96, 3, 1, 1, 1>(432, 1620, 610),   wgmma_kernel<128, 2, 1, 1, 2>(420, 900, 750),
+    wgmma_kernel<144, 3, 1, 1, 1>(606, 1530, 1470), wgmma_kernel<176, 2, 1, 1, 2>(515, 820, 1260),
+    wgmma_kernel<200, 3, 1, 1, 1>(854, 690, 2130),  wgmma_kernel<208, 2, 1, 1, 2>(588, 690, 1700),
+    wgmma_kernel<256, 2, 1, 1, 2>(713, 860, 1700),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3216,8 +3257,9 @@ const SmallKernel *plan_small(const Linear4 &a) {
 }
 
 WgmmaPlan plan_wgmma(const Linear4 &a) {
-    constexpr int kMeetingNs[2][4] = {{0, 1200, 1900, 3400}, {0, 2600, 3700, 4800}}; // [boxes][1, 2, 4, 8 blocks]
-    constexpr int kTailNs = 4000;                                                    // of a launch more
+    // Of 1, 2, 4 and 8 blocks that split K. Where y leaves as boxes: for tiles of 128 rows, half of it whatever their rows.
+    constexpr int kMeetingNs[4] = {0, 1100, 1800, 2900}, kBoxedMeetingNs[4] = {0, 2100, 3100, 4800};
+    constexpr int kTailNs = 3300; // of a launch more
     WgmmaPlan best = {};
     long best_ns = 0;
     for (const WgmmaKernel &k : kWgmmaKernels) {
@@ -3237,7 +3279,8 @@ WgmmaPlan plan_wgmma(const Linear4 &a) {
         consider(ceil_div(tiles, a.n_sm) * tile_ns(1), 1, 0);
         for (int split = 2, i = 1; split <= 8; split *= 2, ++i) {
             // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
-            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm, meeting = kMeetingNs[k.box_rows > 0][i];
+            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
+            const int meeting = k.box_rows ? kBoxedMeetingNs[i] * (128 + k.n) / 256 : kMeetingNs[i];
             if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
             if (tiles * split <= room) consider(tile_ns(split) + meeting, split, 0);
             if (tiles > a.n_sm && left > 0 && left * split <= room && 2 * k.shared > a.max_shared)
