@@ -171,8 +171,8 @@ TEST_SUITE("backend") {
                                              {1000, 208, 5120, TO_ROWS}, {1000, 8688, 1344, IN_PLACE}};
 
     void many_tiles(int32_t type, const std::vector<Shape> &shapes) {
-        const bool cuda = has_cuda(); // others have no such choice, and emulation no time
-        for (size_t i = 0; i < shapes.size(); i++) {
+        const bool cuda = has_cuda(); // others have no such choice, and emulation no time: some of the shapes, narrow
+        for (size_t i = 0; i < shapes.size(); i += cuda ? 1 : 7) {
             const Shape &s = shapes[i];
             auto build = [&](Net &net) {
                 Rng rng(i);
