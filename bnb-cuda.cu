@@ -3704,9 +3704,15 @@ struct Quantize8 {
     Scratch8 s;
 };
 
+#ifdef BNB__MMA
+enum { quantize8_blocks = 2 }; /* for each multiprocessor */
+#else
+enum { quantize8_blocks = 1 }; /* sm_75 has no threads for more; the kernel is empty there */
+#endif
+
 /* A block for each list of outlier columns, thus for s.rows rows of x, which are several or not. */
 template <bool Several>
-__global__ void __launch_bounds__(quantize8_most, 2) linear8_quantize(const __grid_constant__ Quantize8 p) {
+__global__ void __launch_bounds__(quantize8_most, quantize8_blocks) linear8_quantize(const __grid_constant__ Quantize8 p) {
 #ifdef BNB__MMA
     constexpr int ahead = quantize8_ahead;
     extern __shared__ __align__(1024) uint8_t shared[];
