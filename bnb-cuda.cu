@@ -2532,9 +2532,17 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 const int first_row = tile % m_tiles * kN + first_group * 8;
                 // f32 [ranks * kSplit that have summed][kRows][kSplit][share][128 threads][4]
                 const uint32_t sums = x_stages + row_warp / 4 * (kSplit * share * 2048) + threadIdx.x % 128 * 16;
+                constexpr int kHalf = kN / 4; // of the sums
+                auto add_half = [&](uint32_t from) {
+#pragma unroll
+                    for (int i = 0; i < kHalf; i += 4) {
+                        const uint4 got = load_shared4(from + i * 512);
+                        acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
+                        acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
+                    }
+                };
                 const bool swaps = ranks == 2 && kSplit == 1;
                 if (swaps) { // each keeps its half of the sums where they are, and sends the other
-                    constexpr int kHalf = kN / 4;
 #pragma unroll
                     for (int i = 0; i < kHalf; ++i) {
                         const float low = acc[i], high = acc[i + kHalf];
@@ -2546,12 +2554,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                         cluster_send(sums + i * 512, sums_full, rank ^ 1, acc[kHalf + i], acc[kHalf + i + 1],
                                      acc[kHalf + i + 2], acc[kHalf + i + 3]);
                     barrier_wait(sums_full, 0);
-#pragma unroll
-                    for (int i = 0; i < kHalf; i += 4) {
-                        const uint4 got = load_shared4(sums + i * 512);
-                        acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
-                        acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
-                    }
+                    add_half(sums);
                 } else if (ranks > 1) {
                     cluster_sync(); // all rings are free
                     const uint32_t to = sums + (rank * kSplit + split) * (kRows * kSplit * share * 2048);
@@ -2572,7 +2575,6 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 } else if constexpr (kSplit > 1) { // each gives away the other's half of the rows
                     const uint32_t mine = boxes.base + threadIdx.x % 128 * 16;
                     const uint32_t theirs = mine + (split ? -kRows : kRows) * S::kBoxBytes;
-                    constexpr int kHalf = kN / 4;
                     boxes.drain();
                     named_barrier(boxes.barrier, 128);
 #pragma unroll
@@ -2586,12 +2588,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                         store_shared4(mine + i * 512, {give[0], give[1], give[2], give[3]});
                     }
                     named_barrier(2 + row_warp / 4, kSplit * 128);
-#pragma unroll
-                    for (int i = 0; i < kHalf; i += 4) {
-                        const uint4 got = load_shared4(theirs + i * 512);
-                        acc[i] += __uint_as_float(got.x), acc[i + 1] += __uint_as_float(got.y);
-                        acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
-                    }
+                    add_half(theirs);
                     named_barrier(2 + row_warp / 4, kSplit * 128);
                 }
 #pragma unroll 1
