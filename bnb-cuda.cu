@@ -1341,15 +1341,22 @@ cudaError_t tensor_map(CUtensorMap *map, int element_bytes, const void *base, in
     return tensor_map<2>(map, element_bytes, base, {cols, rows}, {pitch}, {128 / element_bytes, box_rows});
 }
 
-// The maps of y's parts for boxes of box_rows rows, where y's place allows them; a: a call of linear.
+// How y may leave, by where it and its residual lie; a: a call of linear.
+template <class Call> HowBoxes how_boxes(const Call &a) {
+    const int size = a.y_f32 ? 4 : 2;
+    for (int i = 0; i < a.n_parts; ++i)
+        if (((uintptr_t)a.part[i].y & 15) || a.part[i].ldy * size % 16) return kBoxesNone;
+    if (!a.residual) return kBoxesPlain;
+    if (a.y_f32 && a.residual == a.part[0].y && a.ldr == a.part[0].ldy) return kBoxesAdd;
+    const bool pairs = ((uintptr_t)a.residual & 7) == 0 && a.ldr % 2 == 0 && a.part[0].N % 2 == 0;
+    return pairs ? kBoxesBeside : kBoxesNone;
+}
+
+// The maps of y's parts for boxes of box_rows rows, where there are boxes.
 template <class Call> cudaError_t box_maps(const Call &a, int box_rows, CUtensorMap (&y)[3], HowBoxes *how) {
     const int size = a.y_f32 ? 4 : 2;
-    const bool pairs = ((uintptr_t)a.residual & 7) == 0 && a.ldr % 2 == 0 && a.part[0].N % 2 == 0;
-    *how = !a.residual ? kBoxesPlain : pairs ? kBoxesBeside : kBoxesNone;
-    if (a.residual && a.y_f32 && a.residual == a.part[0].y && a.ldr == a.part[0].ldy) *how = kBoxesAdd;
-    for (int i = 0; i < a.n_parts; ++i)
-        if (((uintptr_t)a.part[i].y & 15) || a.part[i].ldy * size % 16) *how = kBoxesNone;
     cudaError_t err = cudaSuccess;
+    *how = how_boxes(a);
     for (int i = 0; i < a.n_parts && err == cudaSuccess && *how != kBoxesNone; ++i)
         err = tensor_map(&y[i], size, a.part[i].y, a.part[i].N, a.M, a.part[i].ldy * size, box_rows);
     return err;
@@ -2263,7 +2270,7 @@ struct WgmmaMaps {
     CUtensorMap x, y[3]; // y of each part
     HowBoxes boxes;
     bool fetch; // the residual, ahead
-    int pairs;  // of rows of x and of W, which a lane has of a tile, for each block of a cluster
+    int share;  // of a tile's groups of 8 rows of y: what a warpgroup finishes, if there are some left for it
     int first, end; // tiles of this launch
     bool follows;   // another launch with tiles of the same product, which has waited for the kernel before
 };
@@ -2303,10 +2310,16 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static_assert(kStages >= 3 && (3 * kStages + 2) * 8 <= kBarrierBytes);
     static constexpr int kTable = kStages * kStageX, kSums = kTable + kSumsAt;
     static constexpr int kUnits = kTable + kFixed, kBarriers = kUnits + kStages * kStageW;
-    // Blocks that split K get each other's sums where the ring was: kSplit times f32 [kN][kRows * 64], and pairs of up to
-    // 8 blocks, for each warpgroup at least one. Boxes are written while they are read.
-    static_assert(!kBoxed || kSplit * kN * kRows * 64 * 4 <= kSums);
-    static_assert(ceil_div(kPairs, 8 * kSplit) * 8 * kSplit * kPairBytes <= kBarriers);
+    // Of a tile's groups of 8 rows, how many a warpgroup of blocks that split K finishes, which are whole boxes (where boxes
+    // may have fewer rows, all of them are slower to write); some may get none. Sums of other blocks arrive where the ring
+    // was, boxes are written while these are read; without boxes each takes pairs. 0: they would not fit.
+    static constexpr int share(int blocks) {
+        int n = ceil_div(kMine, blocks);
+        while (kMine * kSplit % n || (n > kChunk && n % kChunk)) ++n;
+        const int all = blocks * kSplit;
+        const bool fits = !kBoxed || all * n * kSplit * kRows * 2048 <= kSums;
+        return fits && ceil_div(kPairs, all) * all * kPairBytes <= kBarriers ? n : 0;
+    }
     static constexpr int kShared = kBarriers + kBarrierBytes;
 };
 
@@ -2340,8 +2353,11 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
         barrier_init(x_first, 1);
         barrier_init(sums_full, 1);
         barrier_init_fence();
-        if (ranks > 1) { // what other blocks that split K send to this one: each warpgroup's share of their sums
-            const int pairs = min(max(S::kPairs - rank * kSplit, 0), max(maps.pairs, kSplit));
+        if (ranks > 1) { // what other blocks that split K send to this one: what its warpgroups finish of their sums
+            const int dealt = ranks * kSplit, most = 2 * kSplit * maps.share;
+            const int pairs = S::kBoxed && maps.boxes != kBoxesNone
+                                  ? min(max(S::kPairs - rank * most, 0), most)
+                                  : S::kPairs / dealt * kSplit + min(max(S::kPairs % dealt - rank * kSplit, 0), kSplit);
             barrier_expect(sums_full, pairs * (ranks - 1) * S::kPairBytes);
         }
     }
@@ -2488,7 +2504,12 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
             wgmma_commit();
         };
         // With two buffers the next step is decoded while the tensor cores run; with one, other warpgroups keep them
-        // busy.
+        // busy. Where it is faster, they have that step to go on with before they are waited for.
+        constexpr bool kFollows = kBuffers == 2 && (kN == 96 || kN == 176);
+        auto release = [&](int which) { // a stage: every lane for what it has read; one for all is no faster
+            barrier_arrive(empty + which * 8);
+        };
+        int before = 0; // the stage of the step before
         uint32_t f[kBuffers][kDeep][16];
         take(step0);
         if (kBuffers == 2) {
@@ -2503,6 +2524,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 if (kBuffers == 1) look_up(f[0]), scale_up(f[0]);
                 const int running = use;
                 multiply(f[i], now);
+                if (kFollows && now > step0) wgmma_wait<1>(), release(before);
+                before = running;
                 if (++use == S::kStages) use = 0, use_parity ^= 1;
                 if (kBuffers == 2 && now + 1 < step1) {
                     look_up(f[i ^ 1]);
@@ -2511,10 +2534,10 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 }
                 if (now + kBuffers < step1) take(now + kBuffers);
                 if (kBuffers == 2 && S::kRoomy && now + 1 < step1) scale_up(f[i ^ 1]);
-                wgmma_wait<0>();
-                barrier_arrive(empty + running * 8); // every lane for what it has read; one for all is no faster
+                if (!kFollows) wgmma_wait<0>(), release(running);
             }
         }
+        if (kFollows) wgmma_wait<0>(), release(before);
         wait_for_prior_kernel(); // which may use y and the residual; weights do not depend on it, and x was waited for
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
@@ -2527,8 +2550,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
                 YBoxes boxes(shared_address(shared + S::kSums) + warp / 4 * S::kBoxBytes, a.y_f32, 2 + kRows + warp / 4,
                              box_count);
-                const int share = S::kMine / ranks; // groups of 8 rows that this warpgroup finishes
-                const int first_group = (rank * kSplit + split) * share;
+                const int share = maps.share, first_group = (rank * kSplit + split) * share;
+                const int mine = first_group < kN / 8 ? share : 0;
                 const int first_row = tile % m_tiles * kN + first_group * 8;
                 // f32 [ranks * kSplit that have summed][kRows][kSplit][share][128 threads][4]
                 const uint32_t sums = x_stages + row_warp / 4 * (kSplit * share * 2048) + threadIdx.x % 128 * 16;
@@ -2541,7 +2564,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                         acc[i + 2] += __uint_as_float(got.z), acc[i + 3] += __uint_as_float(got.w);
                     }
                 };
-                const bool swaps = ranks == 2 && kSplit == 1;
+                const bool swaps = ranks == 2 && kSplit == 1 && S::kMine % 2 == 0;
                 if (swaps) { // each keeps its half of the sums where they are, and sends the other
 #pragma unroll
                     for (int i = 0; i < kHalf; ++i) {
@@ -2592,7 +2615,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
                     named_barrier(2 + row_warp / 4, kSplit * 128);
                 }
 #pragma unroll 1
-                for (int c = 0; c * S::kChunk < share && first_row + c * (S::kChunk * 8) < a.M; ++c) {
+                for (int c = 0; c * S::kChunk < mine && first_row + c * (S::kChunk * 8) < a.M; ++c) {
                     if (ranks > 1 && !swaps) {
 #pragma unroll
                         for (int i = 0; i < S::kChunk * 4; ++i) acc[i] = 0;
@@ -3090,14 +3113,17 @@ struct WgmmaKernel {
     int step_ns, tile_ns, f32_ns; // of a step, of a tile beside its steps, and if y is f32: fitted so that the choice
                                   // is the best by an H200's times
     int threads, shared, box_rows; // box_rows: of y, 0 where it does not leave as boxes
+    int (*share)(int blocks);
     void (*kernel)(Linear4, WgmmaMaps, int);
 };
 template <int kN, int kRows, int kSplit, int kDeep, int kBuffers>
 constexpr WgmmaKernel wgmma_kernel(int step_ns, int tile_ns, int f32_ns) {
     using S = Wgmma<kN, kRows, kSplit, kDeep, kBuffers>;
+    static_assert(S::share(1) == S::kMine);
+    static_assert(kSplit > 1 || S::kMine % 2 || S::share(2) * 2 == S::kMine, "what two blocks swap is half");
     return {kN,      kRows,  S::kStepGroups, kSplit,
             step_ns, tile_ns, f32_ns,        S::kThreads, S::kShared, S::kBoxed ? S::kChunk * 8 : 0,
-            linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers>};
+            S::share, linear4_wgmma<kN, kRows, kSplit, kDeep, kBuffers>};
 }
 
 struct MmaKernel {
@@ -3118,14 +3144,14 @@ const SmallKernel kSmallKernels[] = {
 };
 
 const WgmmaKernel kWgmmaKernels[] = {
-    wgmma_kernel<16, 1, 4, 2, 1>(679, 1420, 0),     wgmma_kernel<16, 2, 2, 2, 1>(695, 890, 0),
-    wgmma_kernel<32, 1, 4, 2, 1>(728, 1670, 120),   wgmma_kernel<32, 2, 2, 2, 1>(648, 1950, 0),
-    wgmma_kernel<64, 1, 4, 1, 1>(570, 2060, 190),   wgmma_kernel<64, 2, 2, 1, 1>(519, 2170, 0),
-    wgmma_kernel<96, 2, 2, 1, 1>(645, 2120, 640),   wgmma_kernel<96, 2, 1, 1, 2>(408, 750, 340),
-    wgmma_kernel<96, 3, 1, 1, 1>(432, 1620, 610),   wgmma_kernel<128, 2, 1, 1, 2>(420, 900, 750),
-    wgmma_kernel<144, 3, 1, 1, 1>(606, 1530, 1470), wgmma_kernel<176, 2, 1, 1, 2>(515, 820, 1260),
-    wgmma_kernel<200, 3, 1, 1, 1>(854, 690, 2130),  wgmma_kernel<208, 2, 1, 1, 2>(588, 690, 1700),
-    wgmma_kernel<256, 2, 1, 1, 2>(713, 860, 1700),
+    wgmma_kernel<16, 1, 4, 2, 1>(624, 1270, 0),    wgmma_kernel<16, 2, 2, 2, 1>(631, 1630, 0),
+    wgmma_kernel<32, 1, 4, 2, 1>(672, 1300, 220),  wgmma_kernel<32, 2, 2, 2, 1>(664, 1530, 0),
+    wgmma_kernel<64, 1, 4, 1, 1>(531, 1930, 440),  wgmma_kernel<64, 2, 2, 1, 1>(513, 1990, 0),
+    wgmma_kernel<96, 2, 2, 1, 1>(634, 2240, 260),  wgmma_kernel<96, 2, 1, 1, 2>(389, 1020, 190),
+    wgmma_kernel<96, 3, 1, 1, 1>(428, 1490, 370),  wgmma_kernel<128, 2, 1, 1, 2>(420, 920, 550),
+    wgmma_kernel<144, 3, 1, 1, 1>(608, 950, 1370), wgmma_kernel<176, 2, 1, 1, 2>(529, 910, 890),
+    wgmma_kernel<200, 3, 1, 1, 1>(855, 420, 0),    wgmma_kernel<208, 2, 1, 1, 2>(584, 480, 1270),
+    wgmma_kernel<256, 2, 1, 1, 2>(712, 1240, 940),
 };
 
 const MmaKernel kMmaKernels[] = {
@@ -3199,10 +3225,10 @@ cudaError_t run_wgmma(cudaStream_t stream, const Linear4 &a, const WgmmaKernel &
                       bool pdl) {
     WgmmaMaps maps = {};
     cudaError_t err = tensor_map(&maps.x, 2, a.x, a.K, a.M, a.ldx * 2, k.n);
-    if (k.box_rows && err == cudaSuccess)
-        err = box_maps(a, std::min(k.box_rows, k.n / (k.split * cluster)), maps.y, &maps.boxes);
+    maps.share = k.share(cluster);
+    if (k.box_rows && err == cudaSuccess) err = box_maps(a, std::min(k.box_rows, maps.share * 8), maps.y, &maps.boxes);
     if (err != cudaSuccess) return err;
-    maps.fetch = fetches_residual(a, maps.boxes), maps.pairs = k.n / 4 / cluster;
+    maps.fetch = fetches_residual(a, maps.boxes);
     maps.first = first, maps.end = end, maps.follows = first > 0;
     // Blocks that split K take one tile; others stay and take one after the other.
     const int clusters = cluster > 1 ? end - first : std::min(end - first, a.n_sm);
@@ -3254,11 +3280,19 @@ const SmallKernel *plan_small(const Linear4 &a) {
 }
 
 WgmmaPlan plan_wgmma(const Linear4 &a) {
-    // Of 1, 2, 4 and 8 blocks that split K. Where y leaves as boxes: for tiles of 128 rows, half of it whatever their rows.
-    constexpr int kMeetingNs[4] = {0, 1100, 1800, 2900}, kBoxedMeetingNs[4] = {0, 2100, 3100, 4800};
-    constexpr int kTailNs = 3300; // of a launch more
+    // Of blocks that split K: what their meeting takes, for y as boxes in tiles of 128 rows (half of it whatever the rows),
+    // and on how much of a device such clusters find room. 6 would be the best, by 5 %, of one product of about 200.
+    struct Division {
+        int blocks, meeting_ns, boxed_ns, room; // percent
+    };
+    constexpr Division kDivisions[] = {
+        {2, 900, 2000, 100}, {3, 1100, 3700, 89}, {4, 1350, 2900, 91}, {5, 1250, 3250, 84}, {8, 1800, 4250, 91},
+    };
+    constexpr int kTailNs = 2550; // of a launch more
+    constexpr int kLateNs = 500;  // where blocks of the next product find no multiprocessor on which to start early
     WgmmaPlan best = {};
     long best_ns = 0;
+    const bool boxes = how_boxes(a) != kBoxesNone;
     for (const WgmmaKernel &k : kWgmmaKernels) {
         if (k.n > 64 && a.M <= 64) continue; // the best of one weight of eight, by 3 %
         const int steps = ceil_div(a.K / kGroup, k.groups);
@@ -3271,14 +3305,16 @@ WgmmaPlan plan_wgmma(const Linear4 &a) {
             return (long)ceil_div(steps, split) * std::max(k.step_ns, x_ns) + k.tile_ns + (a.y_f32 ? k.f32_ns : 0);
         };
         auto consider = [&](long ns, int split, int tail) {
+            if (2 * tiles * split > a.n_sm) ns += kLateNs;
             if (!best.kernel || ns < best_ns) best = {&k, split, tail}, best_ns = ns;
         };
         consider(ceil_div(tiles, a.n_sm) * tile_ns(1), 1, 0);
-        for (int split = 2, i = 1; split <= 8; split *= 2, ++i) {
-            // Blocks that split K take one tile each. Clusters of 4 and 8 find room on ten of eleven multiprocessors.
-            const int room = split > 2 ? a.n_sm * 10 / 11 : a.n_sm;
-            const int meeting = k.box_rows ? kBoxedMeetingNs[i] * (128 + k.n) / 256 : kMeetingNs[i];
-            if (split > steps || (k.box_rows && k.n % (8 * split * k.split))) continue;
+        for (const Division &d : kDivisions) { // blocks that split K take one tile each
+            const int split = d.blocks, room = a.n_sm * d.room / 100;
+            const int meeting = k.box_rows ? d.boxed_ns * (128 + k.n) / 256 : d.meeting_ns;
+            if (split > steps || !k.share(split)) continue;
+            // Pairs are dealt to an even number of warpgroups, so that those of each are at equal distances in y.
+            if (split * k.split % 2 && !(boxes && k.box_rows)) continue;
             if (tiles * split <= room) consider(tile_ns(split) + meeting, split, 0);
             if (tiles > a.n_sm && left > 0 && left * split <= room && 2 * k.shared > a.max_shared)
                 consider(tiles / a.n_sm * tile_ns(1) + kTailNs + tile_ns(split) + meeting, 1, split);
