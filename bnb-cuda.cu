@@ -1679,7 +1679,7 @@ struct NormWeights {
     float4 w[2], b[2];
 };
 
-__device__ __forceinline__ NormWeights norm_weights(const LinearCall &a, int k) {
+template <class Call> __device__ __forceinline__ NormWeights norm_weights(const Call &a, int k) {
     const float4 zero = make_float4(0, 0, 0, 0), one = make_float4(1, 1, 1, 1);
     NormWeights n = {{one, one}, {zero, zero}};
     if (a.norm_kind == kNormNone || k >= a.K) return n;
@@ -3541,7 +3541,8 @@ BNB__WGMMA_RS(wgmma_rs, 1, 256, 128, 128, 129, 130, 131, 132, 133)
 /* LLM.int8(): y = act(x * W^T + bias) + residual, W int8 [N, K] row-major with SCB [N].
  *
  *   M <= 8    linear8_skinny: weights stream through rings of 16 x 128 tiles, mma m16n8k32 with the weights as the
- *             16 rows. One row of x is quantized by each block itself; more rows by linear8_quantize before.
+ *             16 rows. x is quantized by each block itself where that is soon done, and on Hopper the norm in front is
+ *             its own; where K is larger linear8_quantize goes before.
  *             linear8_skinny_mma: the same, to M = 16, with rings filled by cp.async in place of Hopper's copy engine.
  *   larger    linear8_quantize, then on Hopper linear8_gemm: wgmma m64nNk32, elsewhere linear8_gemm_mma: mma m16n8k32.
  *             In both the weights are the product's first operand: N rounds M up, and W is read once for many rows.
@@ -3566,9 +3567,12 @@ struct Linear8 {
     int act;               /* 0 none, 1 relu, 2 gelu, 3 gelu_tanh, 4 silu             */
     const float *residual; /* [M, N] of the only part, rows ldr elements apart, or null */
     long ldr;
-    const void *x; /* [M, K], rows ldx elements apart */
+    const void *x; /* [M, K], rows ldx elements apart; 16-byte aligned, ldx % 8 == 0 */
     long ldx;
     int x_f32, y_f32; /* else f16 */
+    int norm_kind;    /* tile4::Norm, only where linear8_takes_norm: the weights multiply the norm of x, which is f32 */
+    const float *norm_w, *norm_b; /* f32 [K]; norm_b: layer norm only, may be null */
+    float norm_eps;
     float threshold;  /* 0: no outliers */
     int outlier_rule; /* 0: an outlier takes its column out of every row; 1: of its own row */
     void *scratch;    /* linear8_scratch() bytes, 256-byte aligned; no state between launches */
@@ -3648,9 +3652,7 @@ __device__ inline void x_outliers8(const Linear8 &l, const int (&m)[N], const in
 
 /* x[m, at[i]..at[i] + 7] in f16 */
 template <int N> __device__ inline void x_load8(const Linear8 &l, int m, const int (&at)[N], uint4 (&x)[N]) {
-    const int size = l.x_f32 ? 4 : 2;
-    const bool aligned = (((uintptr_t)l.x | (uintptr_t)(l.ldx * size)) & 15) == 0;
-    load_half8((const char *)l.x + m * l.ldx * size, l.x_f32, aligned, at, x);
+    load_half8((const char *)l.x + m * l.ldx * (l.x_f32 ? 4 : 2), l.x_f32, true, at, x);
 }
 
 /* Numbers that take part in the integer product: below the threshold, not NaN, not infinite. An f16 number is >= the
@@ -3723,13 +3725,18 @@ __device__ inline uint64_t quantize8(const uint4 &x, float scale) {
     return (uint64_t)high << 32 | low;
 }
 
-/* The largest v of the block's threads with this one's threadIdx.y: whole warps. maxima [warps] in shared memory: theirs */
-__device__ inline float row_max8(float v, float *maxima) {
-    for (int i = 16; i; i /= 2) v = fmaxf(v, __shfl_xor_sync(~0u, v, i));
-    if (threadIdx.x % 32 == 0) maxima[threadIdx.x / 32] = v;
+/* f over v of the `warps` warps that share a row, of which this is number `own`; the block meets. partial [warps] in
+ * shared memory: the row's */
+template <class F> __device__ inline float row_over8(float v, float *partial, int own, int warps, F f) {
+    for (int i = 16; i; i /= 2) v = f(v, __shfl_xor_sync(~0u, v, i));
+    if (threadIdx.x % 32 == 0) partial[own] = v;
     __syncthreads();
-    for (int i = 0; i < (int)blockDim.x / 32; i++) v = fmaxf(v, maxima[i]);
+    v = partial[0];
+    for (int i = 1; i < warps; i++) v = f(v, partial[i]);
     return v;
+}
+__device__ inline float row_max8(float v, float *partial, int own, int warps) {
+    return row_over8(v, partial, own, warps, [](float a, float b) { return fmaxf(a, b); });
 }
 
 struct Quantize8 {
@@ -3781,7 +3788,7 @@ __global__ void __launch_bounds__(quantize8_most, quantize8_blocks) linear8_quan
         for (int i = tid; i < p.s.Kp / 32; i += blockDim.x * blockDim.y) found[i] = 0;
     wait_for_prior_kernel();
     for (int k = own * 8; k < K; k += ahead * step) load(k);
-    absmax = row_max8(absmax, maxima + row * (blockDim.x / 32));
+    absmax = row_max8(absmax, maxima + row * (blockDim.x / 32), own / 32, blockDim.x / 32);
     const float scale = quant_scale8(absmax);
     for (int k = own * 8; k < Kp; k += ahead * step) {
         if (K > ahead * step) load(k); /* else it is still there */
@@ -4138,7 +4145,8 @@ enum {
     skinny8_threads = skinny8_warps * 32,
     skinny8_rows = 16,
     skinny8_tile = skinny8_rows * linear8_chunk,
-    skinny8_own = 8,   /* times 8 numbers of x: what a thread quantizes where blocks do that themselves */
+    skinny8_own = 8,   /* times 8 numbers of a row: the most that a thread quantizes where blocks do that themselves, */
+    skinny8_norm = 2,  /* and where they compute its norm, whose weights wait in registers */
     skinny8_pitch = 20 /* of sums: lanes that store 8 rows of 4 columns hit 32 banks */
 };
 
@@ -4148,8 +4156,9 @@ struct Skinny8 {
     Scratch8 s;
     int first[4]; /* panel at which part i begins; [n_parts..3]: the number of panels */
     int chunks, stages;
-    int quantize;                                             /* 1: M = 1, and each block quantizes x for itself */
-    int at_codes, at_mask, at_sum, at_out, at_small, at_bars; /* offsets in shared memory */
+    int quantize;   /* 1: each block quantizes x for itself, */
+    int row_shift;  /* by 1 << row_shift threads for each row */
+    int at_codes, at_mask, at_sum, at_out, at_small, at_x, at_bars; /* offsets in shared memory */
     int shared;
 };
 
@@ -4159,6 +4168,90 @@ __device__ inline void skinny8_wait(int stages) {
     else if (stages == 3) wait_copies<2>();
     else wait_copies<1>();
     __syncwarp();
+}
+
+/* Up to 8 rows of x, or their norm, to codes [M, pitch], the mask's outlier columns and absmax [M], by the whole block. A
+ * row's threads keep it in registers. norm: the norm's weights; normed f16 [M, K], null without a norm: its result.
+ * asked() is called once x is asked for. -> whether this thread saw outliers */
+template <class Asked>
+__device__ __forceinline__ bool skinny8_quantize(const Skinny8 &p, int8_t *codes, int pitch, uint32_t *mask,
+                                                 float *absmax, float *partial,
+                                                 const tile4::NormWeights (&norm)[skinny8_norm], __half *normed,
+                                                 Asked asked) {
+    const Linear8 &l = p.l;
+    const int tid = threadIdx.x, shift = p.row_shift, own = tid & ((1 << shift) - 1), row = tid >> shift;
+    const int warps = 1 << shift >> 5, first_warp = tid / 32 & -warps;
+    const __half2 limit = limit8(l.threshold);
+    const auto used = [&](int i) { return i << (shift + 3) < l.K; }; /* by some thread of the row */
+    const auto meet = [&](float v, int turn, auto f) {
+        return row_over8(v, partial + turn * skinny8_warps + first_warp, own / 32, warps, f);
+    };
+    uint4 x[skinny8_own];
+    int at[skinny8_own]; /* K - 8 more than once does no harm, but to a norm */
+#pragma unroll
+    for (int i = 0; i < skinny8_own; i++) at[i] = min(((i << shift) + own) * 8, l.K - 8);
+    if (normed) {
+        constexpr int n = skinny8_norm;
+        const float *const from = (const float *)l.x + min(row, l.M - 1) * l.ldx;
+        float v[n][8];
+#pragma unroll
+        for (int i = 0; i < n; i++)
+            *(float4 *)v[i] = *(const float4 *)(from + at[i]), *(float4 *)(v[i] + 4) = *(const float4 *)(from + at[i] + 4);
+        asked();
+        const auto add = [](float a, float b) { return a + b; };
+        const auto sum = [&](auto f) { /* over the row's columns */
+            float all = 0;
+#pragma unroll
+            for (int i = 0; i < n; i++)
+                if (((i << shift) + own) * 8 < l.K)
+                    all += ((f(v[i][0]) + f(v[i][1])) + (f(v[i][2]) + f(v[i][3]))) +
+                           ((f(v[i][4]) + f(v[i][5])) + (f(v[i][6]) + f(v[i][7])));
+            return all;
+        };
+        const float inverse_K = __frcp_rn((float)l.K);
+        float mean = 0;
+        if (l.norm_kind == tile4::kNormLayer) mean = meet(sum([](float a) { return a; }), 1, add) * inverse_K;
+        const float square = meet(sum([&](float a) { return (a - mean) * (a - mean); }), 2, add);
+        const float scale = rsqrtf(square * inverse_K + l.norm_eps);
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            if (!used(i)) continue;
+            __half2 h[4];
+#pragma unroll
+            for (int j = 0; j < 2; j++) {
+                const float *const u = v[i] + 4 * j;
+                const float4 w = norm[i].w[j], b = norm[i].b[j];
+                h[2 * j] = __floats2half2_rn((u[0] - mean) * scale * w.x + b.x, (u[1] - mean) * scale * w.y + b.y);
+                h[2 * j + 1] = __floats2half2_rn((u[2] - mean) * scale * w.z + b.z, (u[3] - mean) * scale * w.w + b.w);
+            }
+            const bool exists = ((i << shift) + own) * 8 < l.K;
+            x[i] = exists ? *(const uint4 *)h : make_uint4(0, 0, 0, 0);
+            if (exists && row < l.M) *(uint4 *)(normed + row * l.K + at[i]) = x[i];
+        }
+    } else {
+        x_load8(l, min(row, l.M - 1), at, x);
+        asked();
+    }
+    bool any = false;
+    float top = 0;
+#pragma unroll
+    for (int i = 0; i < skinny8_own; i++) {
+        if (!used(i)) continue;
+        float top_i;
+        const uint32_t outliers = ordinary8(x[i], l.threshold, limit, &top_i);
+        top = fmaxf(top, top_i);
+        if (outliers) atomicOr(mask + at[i] / 32, outliers << at[i] % 32), any = true;
+    }
+    top = meet(top, 0, [](float a, float b) { return fmaxf(a, b); });
+    if (row >= l.M) return any;
+    if (own == 0) absmax[row] = top;
+    const float scale = quant_scale8(top);
+#pragma unroll
+    for (int i = 0; i < skinny8_own; i++) {
+        const int k = ((i << shift) + own) * 8;
+        if (k < p.s.Kp) *(uint64_t *)(codes + row * pitch + k) = k < l.K ? quantize8(x[i], scale) : 0;
+    }
+    return any;
 }
 
 template <int NT, bool ENGINE> /* 8 NT >= M; ENGINE: Hopper's, or each lane copies */
@@ -4172,7 +4265,9 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
     uint8_t *const ring = shared + warp * p.stages * skinny8_tile;
     int8_t *const codes = (int8_t *)shared + p.at_codes;     /* [M, pitch] */
     uint32_t *const mask = (uint32_t *)(shared + p.at_mask); /* [chunks, 4] bit k: an outlier column */
-    float *const absmax = (float *)(shared + p.at_small), *const maxima = absmax + 16; /* [16], [8] */
+    float *const absmax = (float *)(shared + p.at_small), *const partial = absmax + 16; /* [16], [3, 8] */
+    __half *const normed = (__half *)(shared + p.at_x);     /* [M, K] */
+    const bool norms = ENGINE && l.norm_kind;
     uint64_t *const bars = (uint64_t *)(shared + p.at_bars) + warp * p.stages;
 
     int load_panel = warp < p.chunks ? blockIdx.x : n_panels, load_chunk = warp;
@@ -4209,7 +4304,15 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
         }
         __syncwarp();
     }
-    for (int i = 0; i < p.stages; i++) load(i); /* weights do not depend on the launch before */
+    tile4::NormWeights norm[skinny8_norm];
+#pragma unroll
+    for (int i = 0; norms && i < skinny8_norm; i++)
+        norm[i] = tile4::norm_weights(l, ((i << p.row_shift) + (tid & ((1 << p.row_shift) - 1))) * 8);
+    load(0); /* weights do not depend on the launch before */
+    const auto load_rest = [&] {
+        for (int i = 1; i < p.stages; i++) load(i);
+    };
+    if (!p.quantize) load_rest(); /* else later, as they would be in the way of x */
     for (int i = tid; i < n_words; i += skinny8_threads) mask[i] = 0;
     __syncthreads();
     launch_dependents();
@@ -4217,28 +4320,8 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
 
     bool any = false;
     if (p.quantize) {
-        const __half2 limit = limit8(l.threshold);
-        uint4 x[skinny8_own];
-        int at[skinny8_own];
-        float top = 0;
-#pragma unroll
-        for (int i = 0; i < skinny8_own; i++) at[i] = min((i * skinny8_threads + tid) * 8, l.K - 8);
-        x_load8(l, 0, at, x);
-#pragma unroll
-        for (int i = 0; i < skinny8_own; i++) {
-            float top_i;
-            const uint32_t outliers = ordinary8(x[i], l.threshold, limit, &top_i);
-            top = fmaxf(top, top_i);
-            if (outliers) atomicOr(mask + at[i] / 32, outliers << at[i] % 32), any = true;
-        }
-        top = row_max8(top, maxima);
-        if (tid == 0) absmax[0] = top;
-        const float scale = quant_scale8(top);
-#pragma unroll
-        for (int i = 0; i < skinny8_own; i++) {
-            const int k = (i * skinny8_threads + tid) * 8;
-            if (k < p.chunks * linear8_chunk) *(uint64_t *)(codes + k) = k < l.K ? quantize8(x[i], scale) : 0;
-        }
+        any = skinny8_quantize(p, codes, pitch, mask, absmax, partial, norm, norms ? normed : nullptr,
+                               load_rest);
     } else {
         const uint32_t *const rows = (const uint32_t *)p.s.mask; /* [M, n_words] */
 #pragma unroll 4
@@ -4309,8 +4392,13 @@ __device__ __forceinline__ void skinny8(const Skinny8 &p) {
 #pragma unroll
                         for (int e = 0; e < 4 * NT; e++)
                             rows[e] = min(half + 2 * e, M - 1), columns[e] = c * linear8_chunk + k;
-                        x_outliers8(l, rows, columns,
-                                    x); /* near: the first panel brings it into the first-level cache */
+                        if (norms) {
+#pragma unroll
+                            for (int e = 0; e < 4 * NT; e++) x[e] = worth8(l, normed[rows[e] * l.K + columns[e]]);
+                        } else {
+                            /* near: the first panel brings it into the first-level cache */
+                            x_outliers8(l, rows, columns, x);
+                        }
                         const float q = (float)(int8_t)w[r * 128 + (((k / 16) ^ r) & 7) * 16 + k % 16];
 #pragma unroll
                         for (int e = 0; e < 4 * NT; e++) extra[e] = fmaf(x[e], q, extra[e]);
@@ -4372,14 +4460,17 @@ enum { shared_total = 228 * 1024, shared_limit = 227 * 1024 }; /* Hopper's: of a
 bool skinny8_layout(Skinny8 *p, const Linear8 &l, int stages, int room) {
     const int buffers = l.M > 8 ? 1 : 2;
     p->l = l, p->s = scratch8(l), p->chunks = p->s.Kp / linear8_chunk, p->stages = stages;
-    p->quantize = l.M == 1 && l.K <= skinny8_threads * skinny8_own * 8;
+    p->row_shift = l.M > 4 ? 5 : l.M > 2 ? 6 : l.M > 1 ? 7 : 8;
+    p->quantize = l.M <= 8 && l.K <= skinny8_own * 8 << p->row_shift;
+    if (l.norm_kind && (!p->quantize || l.K > skinny8_norm * 8 << p->row_shift)) return false;
     int64_t at = skinny8_warps * stages * skinny8_tile;
     const auto take = [&](int64_t bytes) { return (int)((at += (bytes + 15) & ~15) - ((bytes + 15) & ~15)); };
     p->at_codes = take((int64_t)l.M * (p->s.Kp + 64));
     p->at_mask = take(p->chunks * 16);
     p->at_sum = take(buffers * skinny8_warps * l.M * skinny8_pitch * 4);
     p->at_out = take(buffers * skinny8_warps * l.M * 16 * 4);
-    p->at_small = take((16 + 8) * 4);
+    p->at_small = take((16 + 3 * skinny8_warps) * 4);
+    p->at_x = take(l.norm_kind ? (int64_t)l.M * l.K * 2 : 0);
     p->at_bars = take(skinny8_warps * stages * 8);
     p->shared = (int)at;
     return at <= room;
@@ -5074,7 +5165,16 @@ cudaError_t linear8_large(cudaStream_t stream, const Linear8 &l, bool pdl) {
     return best->launch(stream, l, best_cluster, pdl);
 }
 
+/* Whether linear8 computes the norm of x [M, K] in front. */
+bool linear8_takes_norm(int M, int K) {
+    Linear8 l = {};
+    l.M = M, l.K = K, l.norm_kind = tile4::kNormLayer;
+    Skinny8 p;
+    return skinny8_plan(&p, l, 2, shared_total);
+}
+
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
+    if (l.norm_kind && (!l.x_f32 || !linear8_takes_norm(l.M, l.K))) return cudaErrorInvalidValue;
     Skinny8 p;
     if (l.M > 8 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
     if (!p.quantize)
@@ -6449,18 +6549,20 @@ int tile_act(int op) {
 
 bool is_f32(const bnb_tensor *t) { return !t || t->layout == LAYOUT_NUMBERS || t->type == BNB_F32; }
 
-// What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch.
-bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has) {
+// What all of them ask for: f16 products, f32 biases that are weights, a result that fits one launch. takes_norm: whether a
+// kernel for this M and K computes a norm in front.
+bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has, bool (*takes_norm)(int M, int K)) {
     const bnb_tensor *w = s.nodes[0]->src[1];
     if (!plan.f16 || !has || w->layout != layout || s.y->shape[0] < 1) return false;
     for (const bnb_tensor *node : s.nodes)
         if (!is_f32(node->src[2])) return false;
     if (!s.norm) return true;
-    const bnb_tensor *n = s.norm; // only one row, f32 weights, and x as it lies
-    return n->shape[0] == 1 && n->shape[1] <= tile4::kNormMax && is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] &&
-           (n->op == BNB_OP_RMS_NORM || n->src[2]);
+    const bnb_tensor *n = s.norm; // f32 weights, and x as it lies
+    return n->src[0]->op != BNB_OP_COLUMNS && n->shape[0] <= 8 && n->shape[1] <= tile4::kNormMax && takes_norm(static_cast<int>(n->shape[0]), static_cast<int>(n->shape[1])) &&
+           is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] && (n->op == BNB_OP_RMS_NORM || n->src[2]);
 }
-bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma); }
+bool one_row(int M, int) { return M == 1; }
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma, one_row); }
 // ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
 
 // A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.
@@ -6517,13 +6619,13 @@ void run_tile4_dense(Launch &l, const Step &s) {
 
 bool fits_int8_codes(const Compiled &plan, const Step &s, bool has) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, has) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
+    return w->type == BNB_INT8 && fits_tile(plan, s, w->layout, has, tile8::linear8_takes_norm) && tile8::linear8_fits(static_cast<int>(w->shape[0]), static_cast<int>(w->shape[1]));
 }
 bool fits_tile8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->tiles); }
 bool fits_mma8(const Compiled &plan, const Step &s) { return fits_int8_codes(plan, s, plan.device->mma); }
 bool fits_tile16(const Compiled &plan, const Step &s) {
     const bnb_tensor *w = s.nodes[0]->src[1];
-    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma) &&
+    return w->type == BNB_F16 && w->op == BNB_OP_NONE && fits_tile(plan, s, w->layout, plan.device->mma, one_row) &&
            tile4::linear16_fits(static_cast<int>(s.y->shape[0]), static_cast<int>(w->shape[1]), plan.device->max_shared, plan.device->tiles);
 }
 
@@ -6616,6 +6718,7 @@ uint64_t scratch_tile8(const Compiled &, const Step &s) { return half_bytes(inpu
 tile8::Linear8 filled_tile8(Launch &l, const Step &s) {
     tile8::Linear8 c = call_tile8(s);
     fill_tile(l, s, tile_input(l, s, true), &c);
+    fill_norm(l, s, &c);
     c.scratch = l.scratch + half_bytes(input_of(s));
     for (size_t i = 0; i < s.nodes.size(); i++) {
         fill_part(l, s, s.nodes[i], &c.part[i]);
@@ -6756,7 +6859,7 @@ const Kernel kernels[] = {
 #ifdef __CUDACC__
     {"linear_tile4_cublaslt", BNB_OP_LINEAR, fits_tile4_dense, scratch_tile4_dense, run_tile4_dense, 0},
     {"linear_tile4", BNB_OP_LINEAR, fits_tile4, scratch_tile, run_tile4, TAKES_NORM},
-    {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, 0},
+    {"linear_tile8", BNB_OP_LINEAR, fits_tile8, scratch_tile8, run_tile8, TAKES_NORM},
     {"linear_tile16", BNB_OP_LINEAR, fits_tile16, nullptr, run_tile16, TAKES_NORM},
     {"attention_tile", BNB_OP_ATTENTION, fits_attention_tile, scratch_attention_tile, run_attention_tile, TAKES_ROWS},
     {"linear_mma8", BNB_OP_LINEAR, fits_mma8, scratch_tile8, run_mma8, 0},
