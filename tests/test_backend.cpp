@@ -256,6 +256,25 @@ TEST_SUITE("backend") {
                 }
     }
 
+    TEST_CASE("backend: products of columns, and of their norms") { // which do not begin where kernels could read 16 bytes
+        for (const int32_t type : {BNB_NF4, BNB_INT8, BNB_F16})
+            for (const int64_t M : {1, 3, 20})
+                for (const int64_t first : {0, 1, 4, 8})
+                    for (const bool norm : {false, true}) {
+                        auto build = [&](Net &net) {
+                            Rng rng(static_cast<uint64_t>(M + first));
+                            const int64_t N = 40, K = 128;
+                            bnb_quant q = bnb_quant_default(type);
+                            q.threshold = 3.0f;
+                            bnb_tensor *x = bnb_scale(net.ctx, net.input({M, K + 12}, rng.normals(M * (K + 12))), 2);
+                            bnb_tensor *in = bnb_columns(net.ctx, x, first, K);
+                            if (norm) in = bnb_layer_norm(net.ctx, in, net.weight(BNB_F32, {K}, rng.normals(K)), net.weight(BNB_F32, {K}, rng.normals(K)), 1e-5f);
+                            return std::vector<bnb_tensor *>{bnb_scale(net.ctx, bnb_linear(net.ctx, in, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), nullptr), 3)};
+                        };
+                        compare(build, 3e-5, 4e-3, type_name(type) + std::string(" columns from ") + std::to_string(first) + (norm ? ", norm" : ""));
+                    }
+    }
+
     TEST_CASE("backend: outlier columns of many rows") { // few or many, the same in all rows and some more in single ones
         const bool cuda = has_cuda(); // emulation has no time for the large ones
         for (const int64_t M : cuda ? std::vector<int64_t>{20, 130, 300, 700, 1300} : std::vector<int64_t>{20, 130})
