@@ -5174,9 +5174,10 @@ bool linear8_takes_norm(int M, int K) {
 }
 
 cudaError_t linear8(cudaStream_t stream, const Linear8 &l, bool pdl) {
-    if (l.norm_kind && (!l.x_f32 || !linear8_takes_norm(l.M, l.K))) return cudaErrorInvalidValue;
     Skinny8 p;
-    if (l.M > 8 || !skinny8_plan(&p, l, 2, shared_total)) return linear8_large(stream, l, pdl);
+    const bool skinny = l.M <= 8 && skinny8_plan(&p, l, 2, shared_total);
+    if (l.norm_kind && !(skinny && l.x_f32)) return cudaErrorInvalidValue;
+    if (!skinny) return linear8_large(stream, l, pdl);
     if (!p.quantize)
         if (const cudaError_t e = linear8_quantize_launch(stream, l, pdl)) return e;
     return linear8_skinny_launch(stream, &p, pdl);
