@@ -1783,16 +1783,13 @@ struct PairOut {
     const Linear4 &a;
     const Linear4Part &out;
     const int n, n_valid;
-    const float2 scale;
-    float2 bias = {};
+    const float2 scale, bias;
     bool wide;
 
     __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid,
-                                       const float2 &scale)
-        : a(a), out(out), n(n), n_valid(n_valid), scale(scale) {
+                                       const float2 &scale, const float2 &bias)
+        : a(a), out(out), n(n), n_valid(n_valid), scale(scale), bias(bias) {
         wide = n_valid > 1 && out.ldy % 2 == 0 && (!a.residual || (a.ldr % 2 == 0 && ((uintptr_t)a.residual & 7) == 0));
-        if (out.bias && n_valid > 0) bias.x = out.bias[n];
-        if (out.bias && n_valid > 1) bias.y = out.bias[n + 1];
     }
     __device__ __noinline__ static void write_narrow(const Linear4 &a, const Linear4Part &out, int m, int n, float v) {
         if (a.residual) v += a.residual[m * a.ldr + n];
@@ -2345,6 +2342,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         prefetch_map(&maps.x);
+        for (int i = 0; S::kBoxed && i < a.n_parts && maps.boxes != kBoxesNone; ++i) prefetch_map(&maps.y[i]);
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(w_full + i * 8, 1);
             barrier_init(x_full + i * 8, 1);
@@ -2443,6 +2441,11 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
         const int row = row_warp % 4 * kUnitRows + 2 * g;
         const float2 scale = *(const float2 *)(rows.row_scale + row);
         const float inverse0 = 1.0f / scale.x, inverse1 = 1.0f / scale.y;
+        const Linear4Part &out = a.part[rows.part];
+        const int n = rows.row + row, n_valid = in_range ? out.N - n : 0;
+        float2 bias = {}; // asked for now: in the end nothing else would be left to do until it is there
+        if (out.bias && n_valid > 0) bias.x = out.bias[n];
+        if (out.bias && n_valid > 1) bias.y = out.bias[n + 1];
 
         uint4 codes[kDeep];
         float2 absmax[kDeep];
@@ -2542,9 +2545,8 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
         // of the tile. The 8 lanes of a row of x write 64 bytes that follow each other.
-        const Linear4Part &out = a.part[rows.part];
-        const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
-        const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale);
+        const int m0 = tile % m_tiles * kN + 2 * t;
+        const PairOut pair(a, out, n, n_valid, scale, bias);
         if constexpr (S::kBoxed)
             if (maps.boxes != kBoxesNone) {
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
