@@ -100,6 +100,9 @@ $(BUILD)/bnb-hip.o: bnb-hip.cpp
 $(patsubst %,$(BUILD)/models/%.o,checkpoint files hf_config hf_writer pytorch quant_state safetensors tokenizer_json) \
 $(PROGRAMS:%=$(BUILD)/examples/%.o): CXXFLAGS += -Os
 
+# Compiling the tests takes longer than running them.
+$(TEST_OBJECTS): CXXFLAGS += -O1
+
 $(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
 	@rm -f $@
 	$(AR) rcs $@ $^
@@ -161,7 +164,8 @@ tsan:
 	    TESTARGS="--test-case=*thread* $(TESTARGS)"
 
 # bnb-hip.cpp by the host's compiler, with tests/hip-on-cpu as HIP: two sizes of waves, three orders of what is not
-# ordered, once with sanitizers. Large products are slow here and no different in another order.
+# ordered, once with sanitizers. All comparisons in one order; the runs of others share them, without large products,
+# which are slow here and no different in another order.
 hip-on-cpu:
 	+$(MAKE) hip-on-cpu-run BUILD=build/hip-on-cpu DEVICES=-DBNB_HIP
 
@@ -171,10 +175,10 @@ HIP_ON_CPU_asan = -DEMU_WAVE=32 -g1 -fsanitize=address,undefined -fno-sanitize-r
 HIP_TESTS = $(patsubst %,$(BUILD)/test/hip-%,64 32 asan)
 
 # The slowest first, so that it does not run alone in the end.
-hip-on-cpu-run: hip-asan-order-2 hip-64-order-0 hip-32-order-0 hip-64-order-1 hip-64-order-2 hip-32-order-1 hip-32-order-2
-hip-%: $(HIP_TESTS)
-	EMU_SCHED=$(lastword $(subst -, ,$*)) BNB_TEST_DEVICE=hip $(BUILD)/test/hip-$(firstword $(subst -, ,$*)) \
-	    $(if $(filter %-0,$*),,--test-case-exclude=*large*) $(TESTARGS)
+hip-on-cpu-run: hip-asan-2-share-0 hip-64-0 hip-32-0 hip-64-1-share-1 hip-64-2-share-2 hip-32-1-share-3 hip-32-2-share-4
+hip-%: $(HIP_TESTS)# hip-TEST-ORDER or hip-TEST-ORDER-share-I
+	EMU_SCHED=$(word 2,$(subst -, ,$*)) BNB_TEST_DEVICE=hip $(if $(findstring share,$*),BNB_TEST_SHARE=$(lastword $(subst -, ,$*))/5) \
+	    $(BUILD)/test/hip-$(firstword $(subst -, ,$*)) $(if $(findstring share,$*),--test-case-exclude=*large*) $(TESTARGS)
 
 $(HIP_TESTS): $(BUILD)/test/hip-%: bnb-hip.cpp $(BUILD)/tests/main.o $(BUILD)/tests/test_backend.o $(LIBRARY_OBJECTS) \
     bnb-cuda.cu bnb.h $(wildcard tests/hip-on-cpu/hip/*.h)
@@ -190,11 +194,11 @@ run-fuzz_%: $(BUILD)/fuzz/fuzz_%
 	@mkdir -p $(BUILD)/corpus/$*
 	$< -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -print_final_stats=1 $(BUILD)/corpus/$* $(wildcard tests/attacks/$*)
 
-# Without the tests of resident memory: under qemu that is qemu's own.
+# Without the tests of resident memory: under qemu that is qemu's own. Nor shapes that are there for GPUs.
 aarch64:
 	+$(MAKE) test-library BUILD=build/aarch64 CC=aarch64-linux-gnu-gcc CXX=aarch64-linux-gnu-g++ \
 	    AR=aarch64-linux-gnu-ar LDFLAGS=-static RUN=qemu-aarch64 \
-	    TESTARGS="'--test-case-exclude=*8 GB*,*one tensor at a time*,*peak memory*' $(TESTARGS)"
+	    TESTARGS="'--test-case-exclude=*8 GB*,*one tensor at a time*,*peak memory*,backend*large*' $(TESTARGS)"
 
 # ---- install -------------------------------------------------------------------------------------------------------
 # Installed or copied, sources include the same: "bnb.h", "models/model.h".

@@ -1,7 +1,7 @@
 // test_backend.cpp: every device that this program was built for and finds, against the plain CPU kernels: each op with each
 // type on many shapes, whole blocks, random graphs, whole models; weights there and back; faults and what follows them.
 // The CPU's own fast kernels are one of the devices, so that the suite never runs empty. BNB_TEST_DEVICE=hip in the
-// environment: that device must be there.
+// environment: that device must be there. BNB_TEST_SHARE=1/5: of each five comparisons the second, where runs share them.
 #include "graphs.h"
 #include "tiny_model.h"
 
@@ -48,6 +48,9 @@ using Build = std::function<std::vector<bnb_tensor *>(Net &)>;
 // Runs what build makes, nodes to compute and caches that they write, on the plain CPU kernels and on every device. tolerance: of |difference| / |result|, for results
 // computed in f32 and in f16. half_only: of that, only GPUs in f16.
 void compare(const Build &build, double f32, double f16, const std::string &what, bool half_only = false) {
+    static int count = 0, mine = 0, sharers = 1;
+    if (const char *share = std::getenv("BNB_TEST_SHARE")) REQUIRE((std::sscanf(share, "%d/%d", &mine, &sharers) == 2 && sharers > 0));
+    if (count++ % sharers != mine) return;
     const unsigned cores = std::thread::hardware_concurrency(); // plain kernels take most of the time
     Env plain(static_cast<int32_t>(std::clamp(cores, 4u, 16u)), BNB_CPU_FAST), env(2);
     Net reference(plain);

@@ -204,8 +204,8 @@ TEST_CASE("models: with an int8 cache, half as large, the demo model says nearly
         Model f16(e, BNB_SOURCE_DIR "/models/demo", BNB_F32, false, BNB_F32, 512, BNB_F16);
         Model int8(e, BNB_SOURCE_DIR "/models/demo", BNB_F32, false, BNB_F32, 512, BNB_INT8_KV);
         for (auto &g : golden["prompts"]) {
-            std::vector<int32_t> prompt = g["tokens"], want = f16.greedy(prompt, 64), got = int8.greedy(prompt, 64);
-            CHECK(std::equal(want.begin(), want.begin() + 32, got.begin())); // when measured, all 64
+            std::vector<int32_t> prompt = g["tokens"], want = f16.greedy(prompt, 32), got = int8.greedy(prompt, 32);
+            CHECK(want == got); // when measured, the first 64
             std::vector<int32_t> all = prompt;
             all.insert(all.end(), want.begin(), want.end());
             CHECK(distance(int8.logits(all), f16.logits(all)) <= 2e-3); // when measured, 5e-4 and 6e-4
