@@ -1419,7 +1419,7 @@ struct LinearCall {
     const void *x; // f16 or f32 [M, K], rows ldx elements apart; 16-byte aligned, ldx % 8 == 0
     long ldx;
     int x_f32;             // only where M <= 8;  x is rounded to f16 on the way into the tensor cores
-    int norm_kind;         // only where M == 1: the weights multiply the norm of x
+    int norm_kind;         // only where linear4_takes_norm or M == 1: the weights multiply the norm of x, which is f32
     const float *norm_w;   // f32 [K]
     const float *norm_b;   // f32 [K], layer norm only, may be null
     float norm_eps;
@@ -1686,6 +1686,41 @@ template <class Call> __device__ __forceinline__ NormWeights norm_weights(const 
     n.w[0] = load4(a.norm_w, k), n.w[1] = load4(a.norm_w, k + 4);
     if (a.norm_b) n.b[0] = load4(a.norm_b, k), n.b[1] = load4(a.norm_b, k + 4);
     return n;
+}
+
+// The norm of a row, as f16 in x, by threads that keep 8 of its columns in each of n places. column(i): where place i
+// begins, from K on it is none of the row's; early: norm_weights of the first places, loaded before; meet(v, turn): the sum
+// of v over the row's threads, at most once for each turn.
+template <int n, int kEarly, class Call, class Column, class Meet>
+__device__ __forceinline__ void norm_row(const Call &a, const float (&v)[n][8], const NormWeights (&early)[kEarly],
+                                         Column column, Meet meet, uint4 (&x)[n]) {
+    const auto sum = [&](auto f) {
+        float all = 0;
+#pragma unroll
+        for (int i = 0; i < n; ++i)
+            if (column(i) < a.K)
+                all += ((f(v[i][0]) + f(v[i][1])) + (f(v[i][2]) + f(v[i][3]))) +
+                       ((f(v[i][4]) + f(v[i][5])) + (f(v[i][6]) + f(v[i][7])));
+        return all;
+    };
+    const float inverse_K = __frcp_rn((float)a.K);
+    float mean = 0;
+    if (a.norm_kind == kNormLayer) mean = meet(sum([](float u) { return u; }), 0) * inverse_K;
+    const float square = meet(sum([&](float u) { return (u - mean) * (u - mean); }), 1);
+    const float scale = rsqrtf(square * inverse_K + a.norm_eps);
+#pragma unroll
+    for (int i = 0; i < n; ++i) {
+        const NormWeights &own = i < kEarly ? early[i < kEarly ? i : 0] : norm_weights(a, column(i));
+        uint32_t h[4];
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const float *const u = v[i] + 4 * j;
+            const float4 w = own.w[j], b = own.b[j];
+            h[2 * j] = half2_bits((u[0] - mean) * scale * w.x + b.x, (u[1] - mean) * scale * w.y + b.y);
+            h[2 * j + 1] = half2_bits((u[2] - mean) * scale * w.z + b.z, (u[3] - mean) * scale * w.w + b.w);
+        }
+        x[i] = column(i) < a.K ? make_uint4(h[0], h[1], h[2], h[3]) : make_uint4(0, 0, 0, 0);
+    }
 }
 
 // The one row of x, or its norm, as f16, given to put(column, 8 columns). Of f32 a thread's first 8 columns stay in
@@ -2104,11 +2139,22 @@ __global__ void __launch_bounds__(512, 1) linear4_row(const __grid_constant__ Li
 
 // ---- linear4_small --------------------------------------------------------------------------------------------------
 
+// Where it computes the norm in front, each row has equally many threads, which keep it in registers, 8 columns in each of
+// kSmallNorm places. The norm's weights for the first are asked for ahead.
+constexpr int kSmallNorm = 2, kSmallNormEarly = 2;
+__host__ __device__ constexpr int small_row_shift(int M) { return M > 4 ? 6 : M > 2 ? 7 : M > 1 ? 8 : 9; } // of 512
+
 template <int kUnits, int kGroups> struct Small {
     using Stages = Ring<kUnits, kGroups>;
+#ifdef BNB__HOPPER
+    static constexpr bool kBulkX = true; // f16 x arrives by copies of whole rows
+#else
+    static constexpr bool kBulkX = false;
+#endif
     static constexpr int kWarps = 16, kThreads = kWarps * 32, kRows = kUnits * kUnitRows;
-    static constexpr int kBarriers = kTableBytes;                                  // the last: u64 of x, Hopper's
-    static constexpr int kRing = kBarriers + kWarps * Stages::kBarrierBytes + 128; // 128: alignment
+    static constexpr int kBarriers = kTableBytes;                                    // the last: u64 of x, Hopper's
+    static constexpr int kNorm = kBarriers + kWarps * Stages::kBarrierBytes + 128;   // f32 [2][kWarps]; 128: alignment
+    static constexpr int kRing = kNorm + 128;
     static constexpr int kMiddle = kRing + kWarps * Stages::kBytes;                // f32 [bands - 1][M][kRows]
     // f32 [kWarps][M][kRows], over x f16 [M][x_pitch], which is done with by then
     __host__ __device__ static int last_offset(int M, int bands) {
@@ -2148,9 +2194,44 @@ __global__ void __launch_bounds__(512, 1)
     ask_next(0); // weights do not depend on the kernel before
     launch_dependents();
     fill_table<128>(shared, a.map, threadIdx.x);
+    // Of a norm in front. Each row has as many threads.
+    const int row_shift = small_row_shift(M), m_own = threadIdx.x >> row_shift, own = threadIdx.x & ((1 << row_shift) - 1);
+    const auto column = [&](int i) { return ((i << row_shift) + own) * 8; };
+    NormWeights norm[kSmallNormEarly];
+    if (a.norm_kind)
+#pragma unroll
+        for (int i = 0; i < kSmallNormEarly; ++i) norm[i] = norm_weights(a, column(i));
     const int pitch = S::x_pitch(a.K);
     // f16 [M][pitch], at the same place in all blocks
     __half *x = (__half *)(shared + S::last_offset(M, share + (more > 0)));
+    const auto put_x = [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; };
+    const auto stage_norm = [&](auto asked) {
+        const float *const from = (const float *)a.x + min(m_own, M - 1) * a.ldx;
+        float *const partial = (float *)(shared + S::kNorm);
+        const int warps = 1 << row_shift >> 5, first_warp = warp & -warps;
+        float v[kSmallNorm][8];
+#pragma unroll
+        for (int i = 0; i < kSmallNorm; ++i) {
+            const int k = min(column(i), a.K - 8);
+            *(float4 *)v[i] = load4(from, k), *(float4 *)(v[i] + 4) = load4(from, k + 4);
+        }
+        asked();
+        uint4 normed[kSmallNorm];
+        norm_row(
+            a, v, norm, column,
+            [&](float u, int turn) {
+                for (int o = 16; o; o >>= 1) u += __shfl_xor_sync(~0u, u, o);
+                if (lane == 0) partial[turn * S::kWarps + warp] = u;
+                consumer_sync<S::kThreads>();
+                u = 0;
+                for (int i = 0; i < warps; ++i) u += partial[turn * S::kWarps + first_warp + i];
+                return u;
+            },
+            normed);
+#pragma unroll
+        for (int i = 0; i < kSmallNorm; ++i)
+            if (m_own < M && column(i) < a.K) put_x(m_own, column(i), normed[i]);
+    };
 #ifdef BNB__HOPPER
     const uint32_t x_full = shared_address(shared + S::kBarriers) + S::kWarps * S::Stages::kBarrierBytes;
     const int rank = cluster_rank(), ranks = cluster_size();
@@ -2167,14 +2248,13 @@ __global__ void __launch_bounds__(512, 1)
             bulk_multicast(shared_address(x + m * pitch), (const __half *)a.x + m * a.ldx, a.K * 2, x_full,
                            (1 << ranks) - 1);
     }
-    ask_next(1); // more weights only now: x would arrive behind them
-    if (a.x_f32) stage_rows<S::kThreads>(a, [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
+#endif
+    if (a.norm_kind) stage_norm([&] { ask_next(1); }); // more weights only now: x would arrive behind them
+    else ask_next(1);
+    if (!a.norm_kind && (a.x_f32 || !S::kBulkX)) stage_rows<S::kThreads>(a, put_x);
     consumer_sync<S::kThreads>();
+#ifdef BNB__HOPPER
     if (!a.x_f32) barrier_wait(x_full, 0);
-#else
-    ask_next(1);
-    stage_rows<S::kThreads>(a, [&](int m, int k, uint4 v) { *(uint4 *)(x + m * pitch + k) = v; });
-    consumer_sync<S::kThreads>();
 #endif
 
     // where this lane's row of ldmatrix begins
@@ -3343,16 +3423,21 @@ const MmaKernel *plan_mma(const Linear4 &a) {
     return best;
 }
 
+// Whether linear4 computes the norm of x [M, K] in front.
+bool linear4_takes_norm(int M, int K) {
+    return M == 1 ? K <= kNormMax : M <= 8 && K <= kSmallNorm * 8 << small_row_shift(M);
+}
+
 // Whether linear4 takes x as f32.
 bool linear4_takes_f32(const Linear4 &a) { return a.M == 1 ? plan_row(a) != nullptr : a.M <= 8 && plan_small(a); }
 
 cudaError_t linear4(cudaStream_t stream, const Linear4 &a, bool pdl) {
     if (a.M < 1 || a.K % kGroup || a.n_parts < 1 || a.n_parts > 3 || (a.n_parts > 1 && a.residual))
         return cudaErrorInvalidValue;
-    if (a.norm_kind && (a.M != 1 || !a.x_f32 || a.K > kNormMax)) return cudaErrorInvalidValue;
+    if (a.norm_kind && !(a.x_f32 && linear4_takes_norm(a.M, a.K))) return cudaErrorInvalidValue;
     const RowKernel *row = a.M == 1 && a.K <= kNormMax ? plan_row(a) : nullptr;
     if (row) return run_row(stream, a, *row, pdl);
-    const SmallKernel *small = a.M <= 8 ? plan_small(a) : nullptr;
+    const SmallKernel *small = a.M <= 8 && !(a.M == 1 && a.norm_kind) ? plan_small(a) : nullptr;
     if (small) return run_small(stream, a, *small, pdl);
     if (a.x_f32) return cudaErrorInvalidValue;
     if (!a.hopper) return run_mma(stream, a, *plan_mma(a), pdl);
@@ -4184,6 +4269,7 @@ __device__ __forceinline__ bool skinny8_quantize(const Skinny8 &p, int8_t *codes
     const int tid = threadIdx.x, shift = p.row_shift, own = tid & ((1 << shift) - 1), row = tid >> shift;
     const int warps = 1 << shift >> 5, first_warp = tid / 32 & -warps;
     const __half2 limit = limit8(l.threshold);
+    const auto column = [&](int i) { return ((i << shift) + own) * 8; }; /* of place i */
     const auto used = [&](int i) { return i << (shift + 3) < l.K; }; /* by some thread of the row */
     const auto meet = [&](float v, int turn, auto f) {
         return row_over8(v, partial + turn * skinny8_warps + first_warp, own / 32, warps, f);
@@ -4191,7 +4277,7 @@ __device__ __forceinline__ bool skinny8_quantize(const Skinny8 &p, int8_t *codes
     uint4 x[skinny8_own];
     int at[skinny8_own]; /* K - 8 more than once does no harm, but to a norm */
 #pragma unroll
-    for (int i = 0; i < skinny8_own; i++) at[i] = min(((i << shift) + own) * 8, l.K - 8);
+    for (int i = 0; i < skinny8_own; i++) at[i] = min(column(i), l.K - 8);
     if (normed) {
         constexpr int n = skinny8_norm;
         const float *const from = (const float *)l.x + min(row, l.M - 1) * l.ldx;
@@ -4200,35 +4286,14 @@ __device__ __forceinline__ bool skinny8_quantize(const Skinny8 &p, int8_t *codes
         for (int i = 0; i < n; i++)
             *(float4 *)v[i] = *(const float4 *)(from + at[i]), *(float4 *)(v[i] + 4) = *(const float4 *)(from + at[i] + 4);
         asked();
-        const auto add = [](float a, float b) { return a + b; };
-        const auto sum = [&](auto f) { /* over the row's columns */
-            float all = 0;
-#pragma unroll
-            for (int i = 0; i < n; i++)
-                if (((i << shift) + own) * 8 < l.K)
-                    all += ((f(v[i][0]) + f(v[i][1])) + (f(v[i][2]) + f(v[i][3]))) +
-                           ((f(v[i][4]) + f(v[i][5])) + (f(v[i][6]) + f(v[i][7])));
-            return all;
-        };
-        const float inverse_K = __frcp_rn((float)l.K);
-        float mean = 0;
-        if (l.norm_kind == tile4::kNormLayer) mean = meet(sum([](float a) { return a; }), 1, add) * inverse_K;
-        const float square = meet(sum([&](float a) { return (a - mean) * (a - mean); }), 2, add);
-        const float scale = rsqrtf(square * inverse_K + l.norm_eps);
+        uint4 result[n];
+        tile4::norm_row(
+            l, v, norm, column, [&](float u, int turn) { return meet(u, 1 + turn, [](float a, float b) { return a + b; }); },
+            result);
 #pragma unroll
         for (int i = 0; i < n; i++) {
-            if (!used(i)) continue;
-            __half2 h[4];
-#pragma unroll
-            for (int j = 0; j < 2; j++) {
-                const float *const u = v[i] + 4 * j;
-                const float4 w = norm[i].w[j], b = norm[i].b[j];
-                h[2 * j] = __floats2half2_rn((u[0] - mean) * scale * w.x + b.x, (u[1] - mean) * scale * w.y + b.y);
-                h[2 * j + 1] = __floats2half2_rn((u[2] - mean) * scale * w.z + b.z, (u[3] - mean) * scale * w.w + b.w);
-            }
-            const bool exists = ((i << shift) + own) * 8 < l.K;
-            x[i] = exists ? *(const uint4 *)h : make_uint4(0, 0, 0, 0);
-            if (exists && row < l.M) *(uint4 *)(normed + row * l.K + at[i]) = x[i];
+            x[i] = result[i];
+            if (column(i) < l.K && row < l.M) *(uint4 *)(normed + row * l.K + at[i]) = x[i];
         }
     } else {
         x_load8(l, min(row, l.M - 1), at, x);
@@ -4250,7 +4315,7 @@ __device__ __forceinline__ bool skinny8_quantize(const Skinny8 &p, int8_t *codes
     const float scale = quant_scale8(top);
 #pragma unroll
     for (int i = 0; i < skinny8_own; i++) {
-        const int k = ((i << shift) + own) * 8;
+        const int k = column(i);
         if (k < p.s.Kp) *(uint64_t *)(codes + row * pitch + k) = k < l.K ? quantize8(x[i], scale) : 0;
     }
     return any;
@@ -6565,7 +6630,7 @@ bool fits_tile(const Compiled &plan, const Step &s, int layout, bool has, bool (
            is_f32(n->src[1]) && is_f32(n->src[2]) && n->src[1] && (n->op == BNB_OP_RMS_NORM || n->src[2]);
 }
 bool one_row(int M, int) { return M == 1; }
-bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma, one_row); }
+bool fits_tile4(const Compiled &plan, const Step &s) { return fits_tile(plan, s, LAYOUT_TILE4, plan.device->mma, tile4::linear4_takes_norm); }
 // ---- many rows of x: the weights become f16 once, in scratch, and cuBLASLt multiplies ----
 
 // A tile of 64 rows by 64 columns to f16 w [N, K], one block each: code -> value * absmax, rounded once.

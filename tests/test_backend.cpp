@@ -231,16 +231,17 @@ TEST_SUITE("backend") {
     TEST_CASE("backend: products of many rows (4-bit), large") { many_tiles(BNB_NF4, larger_tiles); }
     TEST_CASE("backend: products of many rows (int8), large") { many_tiles(BNB_INT8, larger_tiles); }
 
-    TEST_CASE("backend: int8 products of few rows") { // up to some width, kernels for them quantize x and compute its norm
+    // Up to some width, kernels for them compute the norm in front, and quantize x.
+    void few_rows(int32_t type, const std::vector<int64_t> &widths) {
         const bool cuda = has_cuda();
         for (const int64_t M : {1, 2, 3, 5, 8, 9, 16})
-            for (const int64_t K : cuda ? std::vector<int64_t>{16, 496, 1600, 2064, 4112, 8208, 16400} : std::vector<int64_t>{16, 272})
+            for (const int64_t K : widths)
                 for (const int norm : {0, 1, 2}) {
-                    if (K > 4112 && (norm || M > 3)) continue;
+                    if (K > 4160 && (norm || M > 3)) continue;
                     auto build = [&](Net &net) {
                         Rng rng(static_cast<uint64_t>(M * K + norm));
                         const int64_t N = rng.range(1, 40);
-                        bnb_quant q = bnb_quant_default(BNB_INT8);
+                        bnb_quant q = bnb_quant_default(type);
                         q.threshold = rng.chance(0.2) ? 0.0f : 6.0f;
                         q.outlier_rule = rng.chance(0.3) ? BNB_OUTLIER_ROW : BNB_OUTLIER_COLUMN;
                         std::vector<float> x = rng.normals(M * K, 0.8);
@@ -251,12 +252,18 @@ TEST_SUITE("backend") {
                         bnb_tensor *in = net.input({M, K}, x), *w = norm ? net.weight(BNB_F32, {K}, rng.normals(K)) : nullptr;
                         if (norm == 1) in = bnb_layer_norm(net.ctx, in, w, net.weight(BNB_F32, {K}, rng.normals(K)), 1e-5f);
                         if (norm == 2) in = bnb_rms_norm(net.ctx, in, w, 1e-5f);
-                        auto linear = [&] { return bnb_linear(net.ctx, in, net.weight(BNB_INT8, {N, K}, rng.normals(N * K, 0.1), &q), nullptr); };
+                        auto linear = [&] { return bnb_linear(net.ctx, in, net.weight(type, {N, K}, rng.normals(N * K, 0.1), &q), nullptr); };
                         bnb_tensor *a = linear(), *b = linear(); // together
                         return std::vector<bnb_tensor *>{bnb_scale(net.ctx, a, 2), bnb_scale(net.ctx, b, 3)};
                     };
-                    compare(build, 3e-5, 4e-3, std::to_string(M) + "," + std::to_string(K) + " int8, norm " + std::to_string(norm), cuda);
+                    compare(build, 3e-5, 4e-3, std::to_string(M) + "," + std::to_string(K) + " " + type_name(type) + ", norm " + std::to_string(norm), cuda);
                 }
+    }
+    TEST_CASE("backend: int8 products of few rows") {
+        few_rows(BNB_INT8, has_cuda() ? std::vector<int64_t>{16, 496, 1600, 2064, 4112, 8208, 16400} : std::vector<int64_t>{16, 272});
+    }
+    TEST_CASE("backend: 4-bit products of few rows") {
+        few_rows(BNB_NF4, has_cuda() ? std::vector<int64_t>{64, 768, 1024, 1088, 1600, 2048, 2112, 4096, 4160} : std::vector<int64_t>{64, 320});
     }
 
     TEST_CASE("backend: products of columns, and of their norms") { // which do not begin where kernels could read 16 bytes
