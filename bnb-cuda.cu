@@ -317,6 +317,9 @@ bnb_status device_fetch_end(void *dev, int32_t slot, void *dst, uint64_t bytes, 
 
 /* ==== [DEVICE] ================================================================================================== */
 
+// Rows of q for which attention kernels are those of decoding, which can write new rows of the caches themselves.
+constexpr int DECODE_MOST = 16;
+
 // Activations [T, C]: the graph says f32; between kernels that take it they lie as f16.
 struct Rows {
     char *data;
@@ -477,13 +480,17 @@ __global__ void norm_kernel(Rows x, Numbers w, Numbers b, float eps, int layer, 
     }
 }
 
-// The same for x in f32 and y in f16 with aligned rows of at most 4 THREADS PIECES columns, which are read once.
-template <int PIECES>
+// The same for x in f32 and y in f16 with aligned rows of at most 4 THREADS PIECES columns, which are read once. EARLY: the
+// weights while the kernel before still runs, as few rows would wait for them as long as for x; many have no registers for it.
+template <int PIECES, bool EARLY>
 __global__ void __launch_bounds__(THREADS) norm_rows_kernel(const float4 *x, long pitch, const float4 *w, const float4 *b, float eps, int layer, uint2 *y,
                                                             long y_pitch, int C) {
+    const auto factors = [&](int c) { return w && c < C / 4 ? w[c] : make_float4(1, 1, 1, 1); };
+    const auto offsets = [&](int c) { return b && c < C / 4 ? b[c] : make_float4(0, 0, 0, 0); };
+    float4 v[PIECES], g[EARLY ? PIECES : 1], o[EARLY ? PIECES : 1];
+    for (int i = 0; EARLY && i < PIECES; i++) g[i] = factors(i * THREADS + threadIdx.x), o[i] = offsets(i * THREADS + threadIdx.x);
     wait_for_previous();
     const long t = blockIdx.x;
-    float4 v[PIECES];
     float sum = 0, square = 0;
     for (int i = 0; i < PIECES; i++) {
         const int c = i * THREADS + threadIdx.x;
@@ -500,10 +507,10 @@ __global__ void __launch_bounds__(THREADS) norm_rows_kernel(const float4 *x, lon
     for (int i = 0; i < PIECES; i++) {
         const int c = i * THREADS + threadIdx.x;
         if (c >= C / 4) continue;
-        const float4 g = w ? w[c] : make_float4(1, 1, 1, 1), o = b ? b[c] : make_float4(0, 0, 0, 0);
+        const float4 f = EARLY ? g[i] : factors(c), a = EARLY ? o[i] : offsets(c);
         // 8 bytes as one store: nvcc 13.0 makes wrong code of memcpy from __half [4], the low byte of each is lost
-        y[t * y_pitch + c] = make_uint2(two_halves(v[i].x * scale * g.x + o.x, v[i].y * scale * g.y + o.y),
-                                        two_halves(v[i].z * scale * g.z + o.z, v[i].w * scale * g.w + o.w));
+        y[t * y_pitch + c] = make_uint2(two_halves(v[i].x * scale * f.x + a.x, v[i].y * scale * f.y + a.y),
+                                        two_halves(v[i].z * scale * f.z + a.z, v[i].w * scale * f.w + a.w));
     }
 }
 
@@ -5311,9 +5318,10 @@ struct Attention {
     int kv_f32; /* 1 does not fit */
     int R;
     const int *span; /* [T, 2] on the device, 8-byte aligned: 0 <= first <= end <= R; equal: zeros */
-    const void *k_new, *v_new; /* T = 1: f16 [n_head_kv * D], 16-byte aligned, which go to row *row of the caches; or null */
-    const int *row;
-    int *fault, node;          /* *fault = node + 1 if a span or the row does not lie in the caches */
+    const void *k_new, *v_new; /* T <= decode_most: f16 [T, n_head_kv * D], rows ld_new elements apart, 16-byte aligned, of */
+    long ld_new;               /* which row t goes to row[t] of the caches, before any is read; or null */
+    const int *row;            /* [T], none twice */
+    int *fault, node;          /* *fault = node + 1 if a span or a row does not lie in the caches */
     float scale;
     void *y; /* [T, n_head * D], rows ldy elements apart */
     long ldy;
@@ -5422,7 +5430,7 @@ __device__ __forceinline__ void attention_query(const Attention &a, int head, in
  * Each group of lanes takes cache rows of its own and keeps its own maximum, sum and weighted values; they are joined
  * in the end: lanes of a warp, warps of a block, blocks of a cluster or of a row (attention_join). */
 
-enum { decode_most = 16, decode_warps = 8, decode_cluster = 8 }; /* most: rows of q */
+enum { decode_most = DECODE_MOST, decode_warps = 8, decode_cluster = 8 }; /* most: rows of q */
 /* What a group of lanes loads at a time: of codes as many bytes as of f16, where there are registers for it. */
 __host__ __device__ constexpr int decode_rows(int G, bool coded) { return coded && G < 4 ? 8 : 4; }
 
@@ -5436,8 +5444,8 @@ __device__ inline float2 *split_sum(const Attention &a, int t, int head, int ran
     return (float2 *)(a.scratch + (size_t)a.T * a.n_head * n * a.D) + (t * a.n_head + head) * n + rank;
 }
 
-/* CLUSTER: a row's blocks are one; else attention_join has the last word. */
-template <int LANES, int G, bool CLUSTER, class Packed>
+/* MANY: q may have more than one row. CLUSTER: a row's blocks are one; else attention_join has the last word. */
+template <int LANES, int G, class Packed, bool MANY, bool CLUSTER>
 __device__ __forceinline__ void decode(const Attention &a) {
     constexpr bool coded = sizeof(Packed) == sizeof(uint2);
     constexpr int rows = decode_rows(G, coded), bytes = sizeof(Packed) / 8; /* of a number */
@@ -5456,19 +5464,26 @@ __device__ __forceinline__ void decode(const Attention &a) {
     wait_for_prior_kernel();
     const int2 span = attention_span(a, t);
     const int first = span.x, end = span.y;
-    int row = a.k_new ? *a.row : -1; /* read from k_new and v_new, not from the caches, which get it here */
+    /* New rows are read from k_new and v_new, not from the caches, which get them here: this block's own, and those of
+     * other rows of q that are in its span, too (in a short prompt, not where each row is a sequence's). */
+    const int listed = MANY && a.k_new && lane < a.T ? a.row[lane] : -1;
+    const bool others = MANY && __any_sync(~0u, lane != t && listed >= first && listed < end);
+    int row = MANY ? __shfl_sync(~0u, listed, t) : a.k_new ? *a.row : -1;
     if (a.k_new && (row < 0 || row >= a.R)) *a.fault = a.node + 1, row = -1;
     const int kv_head = head / (a.n_head / a.n_head_kv);
     const long kv_column = (long)kv_head * a.D, column = kv_column + d;
     const bool active = d < a.D;
-    const __half *const key_new = (const __half *)a.k_new + column, *const value_new = (const __half *)a.v_new + column;
+    const long own_new = MANY ? t * a.ld_new : 0;
+    const __half *const k_new = (const __half *)a.k_new + column, *const key_new = k_new + own_new;
+    const __half *const v_new = (const __half *)a.v_new + column, *const value_new = v_new + own_new;
     float *const k_absmax = a.k_absmax + (long)kv_head * a.R, *const v_absmax = a.v_absmax + (long)kv_head * a.R;
     uint4 k_half = {}, v_half = {}; /* the new row, which becomes codes twice: for the cache, and where it is read */
-    if (coded && row >= 0 && active) k_half = __ldg((const uint4 *)key_new), v_half = __ldg((const uint4 *)value_new);
+    if (coded && row >= 0 && active)
+        k_half = __ldg((const uint4 *)key_new), v_half = __ldg((const uint4 *)value_new);
     if (!coded && row >= 0 && rank == 0 && tid < a.D / 8) {
-        const long to = row * a.ldkv + kv_column + 8 * tid;
-        *(uint4 *)((__half *)a.k + to) = *(const uint4 *)((const __half *)a.k_new + kv_column + 8 * tid);
-        *(uint4 *)((__half *)a.v + to) = *(const uint4 *)((const __half *)a.v_new + kv_column + 8 * tid);
+        const long c = kv_column + 8 * tid, to = row * a.ldkv + c;
+        *(uint4 *)((__half *)a.k + to) = *(const uint4 *)((const __half *)a.k_new + own_new + c);
+        *(uint4 *)((__half *)a.v + to) = *(const uint4 *)((const __half *)a.v_new + own_new + c);
     }
     if (coded && row >= 0 && rank == 0 && warp == 0) {
         float k_top, v_top;
@@ -5506,10 +5521,16 @@ __device__ __forceinline__ void decode(const Attention &a) {
 #pragma unroll
         for (int u = 0; u < rows; u++) {
             const int r = r0 + u * groups + group;
-            const bool ok = active && r < end, is_new = !coded && r == row; /* codes of the new row: below */
+            const bool ok = active && r < end, is_new = !coded && r == row; /* codes of new rows: below */
             const long at = r * a.ldkv * bytes;
-            to.k[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)key_new : keys + at)) : Packed();
-            to.v[u] = ok ? __ldg((const Packed *)(is_new ? (const char *)value_new : values + at)) : Packed();
+            const char *k = is_new ? (const char *)key_new : keys + at, *v = is_new ? (const char *)value_new : values + at;
+            if (!coded && others)
+#pragma unroll 1
+                for (int i = 0; i < a.T; i++)
+                    if (__shfl_sync(~0u, listed, i) == r)
+                        k = (const char *)(k_new + i * a.ld_new), v = (const char *)(v_new + i * a.ld_new);
+            to.k[u] = ok ? __ldg((const Packed *)k) : Packed();
+            to.v[u] = ok ? __ldg((const Packed *)v) : Packed();
             if (!coded) continue;
             to.k_scale[u] = r < end ? __ldg(k_absmax + r) : 0;
             to.v_scale[u] = r < end ? __ldg(v_absmax + r) : 0;
@@ -5519,14 +5540,19 @@ __device__ __forceinline__ void decode(const Attention &a) {
     load(r0, now);
     for (; r0 < end; r0 += stride) {
         load(r0 + stride, next_load); /* in flight while these rows are worked on */
-        /* the new row is this group's */
-        if (coded && row >= r0 && row < min(r0 + step, end) && (row - r0) % groups == group) {
+#pragma unroll 1
+        for (int i = others ? 0 : t; coded && i < (others ? a.T : t + 1); i++) {
+            const int fresh = MANY ? __shfl_sync(~0u, listed, i) : row;
+            if (fresh < r0 || fresh >= min(r0 + step, end) || (fresh - r0) % groups != group) continue; /* not this group's */
             const uint32_t mask = ~0u >> (32 - LANES) << (group * LANES);
+            uint4 k = k_half, v = v_half;
+            if (MANY && i != t && active)
+                k = __ldg((const uint4 *)(k_new + i * a.ld_new)), v = __ldg((const uint4 *)(v_new + i * a.ld_new));
             float k_top, v_top;
-            const uint2 k_codes = codes8<LANES>(k_half, mask, &k_top), v_codes = codes8<LANES>(v_half, mask, &v_top);
+            const uint2 k_codes = codes8<LANES>(k, mask, &k_top), v_codes = codes8<LANES>(v, mask, &v_top);
 #pragma unroll
             for (int u = 0; u < rows; u++)
-                if (r0 + u * groups + group == row) {
+                if (r0 + u * groups + group == fresh) {
                     *(uint2 *)&now.k[u] = k_codes, *(uint2 *)&now.v[u] = v_codes;
                     now.k_scale[u] = k_top, now.v_scale[u] = v_top;
                 }
@@ -5628,16 +5654,16 @@ __device__ __forceinline__ void decode(const Attention &a) {
     }
 }
 
-template <int LANES, int G, class Packed>
+template <int LANES, int G, class Packed, bool MANY>
 __global__ void __launch_bounds__(decode_warps * 32) attention_decode(const __grid_constant__ Attention a) {
 #ifdef BNB__HOPPER
-    decode<LANES, G, true, Packed>(a);
+    decode<LANES, G, Packed, MANY, true>(a);
 #endif
 }
-template <int LANES, int G, class Packed>
+template <int LANES, int G, class Packed, bool MANY>
 __global__ void __launch_bounds__(decode_warps * 32) attention_decode_split(const __grid_constant__ Attention a) {
 #ifdef BNB__MMA
-    decode<LANES, G, false, Packed>(a);
+    decode<LANES, G, Packed, MANY, false>(a);
 #endif
 }
 
@@ -5683,10 +5709,12 @@ __global__ void __launch_bounds__(split_threads) attention_join(const __grid_con
 template <int LANES, class Packed>
 cudaError_t attention_split_launch(cudaStream_t stream, const Split &s, bool pdl) {
     const Attention &a = s.a;
-    void (*kernel)(Attention) = s.G == 4 ? attention_decode_split < LANES, LANES < 32 ? 4 : 2, Packed >
-        : s.G == 2                       ? attention_decode_split<LANES, 2, Packed>
-                                         : attention_decode_split<LANES, 1, Packed>;
-    const cudaError_t e = launch(kernel, a, dim3(s.n, a.n_head / s.G, a.T), decode_warps * 32, 0, 1, pdl, stream);
+    const auto kernel = [&](auto many) -> void (*)(Attention) {
+        return s.G == 4   ? attention_decode_split < LANES, LANES < 32 ? 4 : 2, Packed, many() >
+               : s.G == 2 ? attention_decode_split<LANES, 2, Packed, many()>
+                          : attention_decode_split<LANES, 1, Packed, many()>;
+    };
+    const cudaError_t e = launch(a.T > 1 ? kernel(std::true_type()) : kernel(std::false_type()), a, dim3(s.n, a.n_head / s.G, a.T), decode_warps * 32, 0, 1, pdl, stream);
     if (e || s.n == 1) return e;
     return launch(attention_join, s, dim3(a.n_head, a.T), split_threads, 0, 1, pdl, stream);
 }
@@ -5698,10 +5726,12 @@ cudaError_t attention_decode_launch(cudaStream_t stream, const Attention &a, boo
     int cluster = 1; /* a block for each multiprocessor, at most one for each `rows` rows of cache */
     while (cluster < decode_cluster && a.T * chunks * cluster * 2 <= multiprocessors() && cluster * rows < a.R)
         cluster *= 2;
-    void (*kernel)(Attention) = G == 4 ? attention_decode < LANES, LANES < 32 ? 4 : 2, Packed >
-        : G == 2                       ? attention_decode<LANES, 2, Packed>
-                                       : attention_decode<LANES, 1, Packed>;
-    return launch(kernel, a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
+    const auto kernel = [&](auto many) -> void (*)(Attention) {
+        return G == 4   ? attention_decode < LANES, LANES < 32 ? 4 : 2, Packed, many() >
+               : G == 2 ? attention_decode<LANES, 2, Packed, many()>
+                        : attention_decode<LANES, 1, Packed, many()>;
+    };
+    return launch(a.T > 1 ? kernel(std::true_type()) : kernel(std::false_type()), a, dim3(cluster, chunks, a.T), decode_warps * 32, 0, cluster, pdl, stream);
 }
 
 /* ---- prompt, Hopper -------------------------------------------------------------------------------------------------
@@ -6482,7 +6512,9 @@ void run_norm(Launch &l, const Step &s) {
         l.q.launch(norm_kernel, grid, dim3(threads), x, w, b, y->params.norm.eps, layer, out, C);
         return;
     }
-    auto kernel = pieces <= 1 ? norm_rows_kernel<1> : pieces <= 2 ? norm_rows_kernel<2> : pieces <= 4 ? norm_rows_kernel<4> : pieces <= 8 ? norm_rows_kernel<8> : norm_rows_kernel<16>;
+    const bool few = y->shape[0] <= 64;
+    auto kernel = pieces <= 1 ? (few ? norm_rows_kernel<1, true> : norm_rows_kernel<1, false>) : pieces <= 2 ? (few ? norm_rows_kernel<2, true> : norm_rows_kernel<2, false>)
+                : pieces <= 4 ? (few ? norm_rows_kernel<4, true> : norm_rows_kernel<4, false>) : pieces <= 8 ? norm_rows_kernel<8, false> : norm_rows_kernel<16, false>;
     l.q.launch(kernel, grid, dim3(THREADS), reinterpret_cast<const float4 *>(x.data), x.ld / 4, static_cast<const float4 *>(w.data), static_cast<const float4 *>(b.data),
                y->params.norm.eps, layer, reinterpret_cast<uint2 *>(out.data), out.ld / 4, C);
 }
@@ -6835,7 +6867,7 @@ tile8::Attention filled_attention(Launch &l, const Step &s) {
         k_new = l.rows(s.writes[0]->src[1]);
         v_new = l.rows(s.writes[1]->src[1]);
         const uintptr_t addresses = reinterpret_cast<uintptr_t>(k_new.data) | reinterpret_cast<uintptr_t>(v_new.data);
-        if (!k_new.f16 || !v_new.f16 || addresses % 16) { // not as the kernel reads them
+        if (!k_new.f16 || !v_new.f16 || addresses % 16 || k_new.ld % 8 || k_new.ld != v_new.ld) { // not as the kernel reads them
             Step apart;
             apart.nodes = s.writes;
             run_set_rows(l, apart);
@@ -6862,6 +6894,7 @@ tile8::Attention filled_attention(Launch &l, const Step &s) {
     a.y_f32 = !out.f16;
     a.k_new = k_new.data;
     a.v_new = v_new.data;
+    a.ld_new = k_new.ld;
     if (a.k_new) a.row = static_cast<const int *>(s.writes[0]->src[2]->plane[0]);
     a.fault = l.plan.device->fault;
     a.node = l.node();
@@ -6909,7 +6942,7 @@ bool fits_canonical(const Compiled &, const Step &s) { return s.nodes[0]->src[1]
 
 enum {
     TAKES_NORM = 1, // a linear kernel that can apply the norm in front of it
-    TAKES_ROWS = 2  // an attention kernel that can write one row of its caches itself
+    TAKES_ROWS = 2  // an attention kernel that can write as many rows of its caches itself as it has rows of q, up to DECODE_MOST
 };
 
 // Best first; the first row that fits a step runs it.
@@ -7123,12 +7156,13 @@ private:
                           plan_.steps.end());
     }
 
-    // The key and the value of a single new token, if only this attention reads the caches after they were written.
+    // The keys and the values of few new tokens, if only their own attention reads the caches after they were written.
     void fuse_rows() {
         for (Step &s : plan_.steps) {
-            if (s.op != BNB_OP_ATTENTION || !(s.kernel->flags & TAKES_ROWS) || s.y->shape[0] != 1) continue;
+            if (s.op != BNB_OP_ATTENTION || !(s.kernel->flags & TAKES_ROWS) || s.y->shape[0] > DECODE_MOST) continue;
             const bnb_tensor *k = s.y->src[1], *v = s.y->src[2];
-            if (k == v || only_user(k) != s.y || only_user(v) != s.y) continue;
+            const auto writes = [&](const bnb_tensor *t) { return t->op == BNB_OP_SET_ROWS && t->src[1]->shape[0] == s.y->shape[0]; };
+            if (k == v || !writes(k) || !writes(v) || only_user(k) != s.y || only_user(v) != s.y) continue;
             auto rows = std::find_if(plan_.steps.begin(), plan_.steps.end(), [&](const Step &o) {
                 return o.op == BNB_OP_SET_ROWS && o.nodes.size() == 2 && ((o.nodes[0] == k && o.nodes[1] == v) || (o.nodes[0] == v && o.nodes[1] == k));
             });
