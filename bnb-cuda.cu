@@ -1825,13 +1825,22 @@ struct PairOut {
     const Linear4 &a;
     const Linear4Part &out;
     const int n, n_valid;
-    const float2 scale, bias;
+    const float2 scale;
+    float2 bias = {};
     bool wide;
 
+    __device__ __forceinline__ static float2 bias_of(const Linear4Part &out, int n, int n_valid) {
+        float2 b = {};
+        if (out.bias && n_valid > 0) b.x = out.bias[n];
+        if (out.bias && n_valid > 1) b.y = out.bias[n + 1];
+        return b;
+    }
+    // early: bias_of, or null
     __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid,
-                                       const float2 &scale, const float2 &bias)
-        : a(a), out(out), n(n), n_valid(n_valid), scale(scale), bias(bias) {
+                                       const float2 &scale, const float2 *early)
+        : a(a), out(out), n(n), n_valid(n_valid), scale(scale) {
         wide = n_valid > 1 && out.ldy % 2 == 0 && (!a.residual || (a.ldr % 2 == 0 && ((uintptr_t)a.residual & 7) == 0));
+        bias = early ? *early : bias_of(out, n, n_valid);
     }
     __device__ __noinline__ static void write_narrow(const Linear4 &a, const Linear4Part &out, int m, int n, float v) {
         if (a.residual) v += a.residual[m * a.ldr + n];
@@ -2366,6 +2375,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
     // y leaves as boxes, but where few rows are divided among many warpgroups.
     static constexpr bool kBoxed = kN > 64 || (kN == 64 && kSplit == 2);
+    static constexpr bool kEarly = kN <= 128; // what y needs is asked for before the loop
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
     static constexpr int kRegisters = kRows == 3 ? 160 : kN > 128 ? 232 : kN == 96 && kSplit == 2 ? 112 : 0;
@@ -2429,7 +2439,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
     const uint32_t x_stages = shared_address(shared), w_stages = shared_address(shared + S::kUnits);
     if (threadIdx.x == 0) {
         prefetch_map(&maps.x);
-        for (int i = 0; S::kBoxed && i < a.n_parts && maps.boxes != kBoxesNone; ++i) prefetch_map(&maps.y[i]);
+        for (int i = 0; S::kEarly && S::kBoxed && i < a.n_parts && maps.boxes != kBoxesNone; ++i) prefetch_map(&maps.y[i]);
         for (int i = 0; i < S::kStages; ++i) {
             barrier_init(w_full + i * 8, 1);
             barrier_init(x_full + i * 8, 1);
@@ -2528,11 +2538,13 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
         const int row = row_warp % 4 * kUnitRows + 2 * g;
         const float2 scale = *(const float2 *)(rows.row_scale + row);
         const float inverse0 = 1.0f / scale.x, inverse1 = 1.0f / scale.y;
-        const Linear4Part &out = a.part[rows.part];
-        const int n = rows.row + row, n_valid = in_range ? out.N - n : 0;
-        float2 bias = {}; // asked for now: in the end nothing else would be left to do until it is there
-        if (out.bias && n_valid > 0) bias.x = out.bias[n];
-        if (out.bias && n_valid > 1) bias.y = out.bias[n + 1];
+        // Asked for now: in the end nothing else would be left to do until it is there. Large tiles have other code in their
+        // loop then, and are slower.
+        float2 early_bias = {};
+        if constexpr (S::kEarly) {
+            const Linear4Part &out = a.part[rows.part];
+            early_bias = PairOut::bias_of(out, rows.row + row, in_range ? out.N - rows.row - row : 0);
+        }
 
         uint4 codes[kDeep];
         float2 absmax[kDeep];
@@ -2632,8 +2644,9 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
         // of the tile. The 8 lanes of a row of x write 64 bytes that follow each other.
-        const int m0 = tile % m_tiles * kN + 2 * t;
-        const PairOut pair(a, out, n, n_valid, scale, bias);
+        const Linear4Part &out = a.part[rows.part];
+        const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
+        const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale, S::kEarly ? &early_bias : nullptr);
         if constexpr (S::kBoxed)
             if (maps.boxes != kBoxesNone) {
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
