@@ -1835,6 +1835,11 @@ struct PairOut {
         if (out.bias && n_valid > 1) b.y = out.bias[n + 1];
         return b;
     }
+    struct Early { // what does not depend on the kernel before, found ahead
+        const Linear4Part *out;
+        int n, n_valid;
+        float2 bias;
+    };
     // early: bias_of, or null
     __device__ __forceinline__ PairOut(const Linear4 &a, const Linear4Part &out, int n, int n_valid,
                                        const float2 &scale, const float2 *early)
@@ -2540,11 +2545,12 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
         const float inverse0 = 1.0f / scale.x, inverse1 = 1.0f / scale.y;
         // Asked for now: in the end nothing else would be left to do until it is there. Large tiles have other code in their
         // loop then, and are slower.
-        float2 early_bias = {};
-        if constexpr (S::kEarly) {
+        const PairOut::Early early = [&]() -> PairOut::Early {
+            if constexpr (!S::kEarly) return {};
             const Linear4Part &out = a.part[rows.part];
-            early_bias = PairOut::bias_of(out, rows.row + row, in_range ? out.N - rows.row - row : 0);
-        }
+            const int n = rows.row + row, n_valid = in_range ? out.N - n : 0;
+            return {&out, n, n_valid, PairOut::bias_of(out, n, n_valid)};
+        }();
 
         uint4 codes[kDeep];
         float2 absmax[kDeep];
@@ -2644,9 +2650,13 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 
         // y, in pairs: two rows of W that are neighbours in y, for one row of x. Pair p has row p / 2 * 8 + 2 t + p % 2
         // of the tile. The 8 lanes of a row of x write 64 bytes that follow each other.
-        const Linear4Part &out = a.part[rows.part];
-        const int n = rows.row + row, m0 = tile % m_tiles * kN + 2 * t;
-        const PairOut pair(a, out, n, in_range ? out.N - n : 0, scale, S::kEarly ? &early_bias : nullptr);
+        const int m0 = tile % m_tiles * kN + 2 * t;
+        const PairOut pair = [&] {
+            if constexpr (S::kEarly) return PairOut(a, *early.out, early.n, early.n_valid, scale, &early.bias);
+            const Linear4Part &out = a.part[rows.part];
+            const int n = rows.row + row;
+            return PairOut(a, out, n, in_range ? out.N - n : 0, scale, nullptr);
+        }();
         if constexpr (S::kBoxed)
             if (maps.boxes != kBoxesNone) {
                 // Chunks of rows, by a loop through which the sums move: registers have no index.
@@ -2747,7 +2757,7 @@ __global__ void __launch_bounds__(Wgmma<kN, kRows, kSplit, kDeep, kBuffers>::kTh
 #pragma unroll
                             for (int p = p0; p < min_of(p0 + kBatch, 2 * S::kChunk); ++p) {
                                 const int m = row0 + p / 2 * 8 + 2 * t + p % 2;
-                                add[p - p0] = m < a.M ? *(const float2 *)(a.residual + m * a.ldr + n) : make_float2(0, 0);
+                                add[p - p0] = m < a.M ? *(const float2 *)(a.residual + m * a.ldr + pair.n) : make_float2(0, 0);
                             }
                             asm volatile("" ::: "memory"); // nor more of them: registers are few
 #pragma unroll
