@@ -103,6 +103,13 @@ $(PROGRAMS:%=$(BUILD)/examples/%.o): CXXFLAGS += -Os
 # Compiling the tests takes longer than running them.
 $(TEST_OBJECTS): CXXFLAGS += -O1
 
+# The devices of the last build: written, and so newer than what depends on them, only where they are others now.
+FOR_DEVICES = $(DEVICES) $(CUDA_ARCH) $(HIP_ARCH)
+$(BUILD)/devices: always
+	@mkdir -p $(@D)
+	@echo '$(FOR_DEVICES)' | cmp -s - $@ || echo '$(FOR_DEVICES)' > $@
+$(BUILD)/bnb.o $(BUILD)/bnb-cuda.o $(BUILD)/bnb-hip.o: $(BUILD)/devices
+
 $(BUILD)/libbnb.a: $(LIBRARY_OBJECTS)
 	@rm -f $@
 	$(AR) rcs $@ $^
@@ -258,5 +265,5 @@ clean:
 help:
 	@sed -n 's/^#   make/make/p' Makefile
 
-.PHONY: all demo test test-library asan tsan hip-on-cpu hip-on-cpu-run fuzz fuzz-run aarch64 install clean help
+.PHONY: all always demo test test-library asan tsan hip-on-cpu hip-on-cpu-run fuzz fuzz-run aarch64 install clean help
 .SECONDARY:# keep objects that only pattern rules name
