@@ -2380,7 +2380,7 @@ template <int kN, int kRows, int kSplit, int kDeep, int kBuffers> struct Wgmma {
     static constexpr int kWarps = kRows * kSplit * 4;
     // y leaves as boxes, but where few rows are divided among many warpgroups.
     static constexpr bool kBoxed = kN > 64 || (kN == 64 && kSplit == 2);
-    static constexpr bool kEarly = kN <= 128; // what y needs is asked for before the loop
+    static constexpr bool kEarly = kN < 128; // what y needs is asked for before the loop
     // Registers of a consumer where the launch gives all threads too few of them; producers, which keep 24, are a whole
     // warpgroup then. Together they are no more than the launch has.
     static constexpr int kRegisters = kRows == 3 ? 160 : kN > 128 ? 232 : kN == 96 && kSplit == 2 ? 112 : 0;
